@@ -1,0 +1,139 @@
+"""Load any Hugging Face causal language model, frozen: a safetensors folder, a hub id, or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from x2l.weights import cache_dir, resolve, sha256_of
+
+log = logging.getLogger(__name__)
+
+
+def load_llm(
+    spec: str,
+    sha256: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_implementation: str = "sdpa",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer; the model is frozen, in eval mode, and known to take ``inputs_embeds``.
+
+    Weights are read from safetensors or GGUF alone, and code that a model folder carries is never run. A GGUF file is
+    dequantised once, to float32, and kept as a safetensors folder in the X2L cache under its own sha256.
+
+    Args:
+        spec: what ``weights.resolve`` takes, ending in a folder or a ``.gguf`` file.
+        sha256: hex digest of the GGUF file.
+        dtype: of the parameters.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
+
+    Raises:
+        ValueError: the folder has no safetensors, needs its own code, or holds a model that ignores or refuses
+            ``inputs_embeds``.
+    """
+    path = resolve(spec, sha256)
+    if path.is_file():
+        path = _dequantised(path, sha256 or sha256_of(path))
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{spec}: {path} holds no *.safetensors; X2L loads no pickled weights, convert them first")
+    model, tokenizer = _load(spec, path, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True)
+    model.to(device=device)
+    model.requires_grad_(False).eval()
+    probe_inputs_embeds(model, spec)
+    return model, tokenizer
+
+
+def probe_inputs_embeds(model: nn.Module, name: str) -> None:
+    """Check on a three-token input that embeddings and the ids they stand for give the same logits.
+
+    Raises:
+        ValueError: the model refuses ``inputs_embeds``, or reads something else than these.
+    """
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.tensor([[1, 2, 3]], device=table.weight.device)
+    try:
+        with torch.inference_mode():
+            by_ids = model(input_ids=ids).logits
+            by_embeds = model(inputs_embeds=table(ids)).logits
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"{name}: this LLM refuses inputs_embeds ({error}); X2L cannot feed it features") from error
+    if not torch.allclose(by_ids, by_embeds, rtol=1e-2, atol=1e-2):
+        raise ValueError(f"{name}: this LLM gives other logits for inputs_embeds than for the same input_ids")
+
+
+def _dequantised(gguf: Path, digest: str) -> Path:
+    """The safetensors folder made of a GGUF file, written on first use; complete whenever it exists."""
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{gguf}: neither a model folder nor a GGUF file")
+    target = cache_dir() / "llm" / f"{gguf.stem}-{digest[:16]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(target.name + ".lock")):
+        if not target.exists():
+            log.info("dequantising %s once; later starts read %s", gguf.name, target)
+            partial = target.with_name(target.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold the lock
+            _convert(gguf, partial)
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(partial, target)
+    return target
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    # Newer transformers keep GGUF weights packed unless told to dequantise them; older ones know nothing else.
+    config: Any = getattr(transformers, "GgufConfig", None)
+    options = {} if config is None else {"quantization_config": config(dequantize=True)}
+    model, tokenizer = _load(str(gguf), gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    vars(model).update(is_quantized=False, hf_quantizer=None)  # else save_pretrained writes the packed form
+    with _quiet():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def _load(
+    name: str, folder: Path, gguf_file: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if gguf_file is not None:
+        source["gguf_file"] = gguf_file
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+            model = AutoModelForCausalLM.from_pretrained(folder, **source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"{name}: transformers {transformers.__version__} cannot load it as a causal LM: {error}"
+        ) from error
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the loading bars and notes of transformers; errors are raised all the same."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
