@@ -1,0 +1,74 @@
+"""Rows -> one row: prefixes shared as a tree, samples packed side by side. The masks follow from ``reach`` (splice.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from x2l.template import Row
+from x2l.types import IGNORE_INDEX, Part
+
+
+class Packed(NamedTuple):
+    """A row with its ``reach``; see `x2l.types.Batch`."""
+
+    ids: list[int]
+    labels: list[int]
+    reach: list[int]
+    media: list[Part]
+
+
+def share_prefixes(rows: Sequence[Row]) -> Packed:
+    """Merge rows about the same media into one tree: what they share (the photo, the question) is computed once.
+
+    Five captions of a photo cost one Q-Former pass, one prompt and five short branches. Supervised tokens are never merged, so
+    the loss is that of the separate rows, term by term.
+
+    Args:
+        rows: rows whose media are the same objects in the same order.
+
+    Raises:
+        ValueError: the rows have different media.
+    """
+    if any([id(p) for p in row.media] != [id(p) for p in rows[0].media] for row in rows):
+        raise ValueError("only rows about the same media can share a prefix")
+    tree = Packed([], [], [], rows[0].media)
+    _grow(tree, list(rows), 0)
+    return tree
+
+
+def _grow(tree: Packed, rows: list[Row], depth: int) -> None:
+    """Append what follows ``depth`` in rows that agree up to there, depth first."""
+    rows = [row for row in rows if len(row.ids) > depth]
+    while rows:
+        head = rows[0]
+        same = [row for row in rows if _shareable(row, head, depth)] if head.labels[depth] == IGNORE_INDEX else [head]
+        end = depth + 1
+        if len(same) == 1:
+            end = len(head.ids)
+        else:
+            while all(len(row.ids) > end and _shareable(row, head, end) for row in same):
+                end += 1
+        start = len(tree.ids)
+        tree.ids.extend(head.ids[depth:end])
+        tree.labels.extend(head.labels[depth:end])
+        tree.reach.extend([0] * (end - depth))
+        _grow(tree, same, end)
+        tree.reach[start : start + end - depth] = [len(tree.ids)] * (end - depth)
+        chosen = {id(row) for row in same}
+        rows = [row for row in rows if id(row) not in chosen]
+
+
+def _shareable(row: Row, head: Row, at: int) -> bool:
+    return row.ids[at] == head.ids[at] and row.labels[at] == head.labels[at] == IGNORE_INDEX
+
+
+def concatenate(packs: Sequence[Packed]) -> Packed:
+    """Put packed rows side by side in one; none sees another."""
+    ids, labels, reach, media = [], [], [], []
+    for pack in packs:
+        reach += [len(ids) + r for r in pack.reach]
+        ids += pack.ids
+        labels += pack.labels
+        media += pack.media
+    return Packed(ids, labels, reach, media)
