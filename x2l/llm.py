@@ -49,7 +49,7 @@ def load_llm(
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{spec}: {path} holds no *.safetensors; X2L loads no pickled weights, convert them first")
     model, tokenizer = _load(spec, path, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True)
-    model.to(device=device)
+    nn.Module.to(model, device)
     model.requires_grad_(False).eval()
     probe_inputs_embeds(model, spec)
     return model, tokenizer
@@ -86,8 +86,8 @@ def _dequantised(gguf: Path, digest: str) -> Path:
             partial = target.with_name(target.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold the lock
             _convert(gguf, partial)
-            for file in partial.iterdir():
-                with file.open("rb") as written:
+            for path in partial.iterdir():
+                with path.open("rb") as written:
                     os.fsync(written.fileno())
             os.replace(partial, target)
     return target
