@@ -1,0 +1,21 @@
+"""Frozen single-modal networks, by name.
+
+An entry builds ``(encoder, processor)`` from flat keyword arguments. The encoder is an ``nn.Module`` with ``width``
+and ``forward(**inputs) -> Features``; the processor maps a list of decoded media (PIL images, or 16 kHz waveforms) to
+those inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from x2l.encoders import efficientnet
+
+Build = Callable[..., tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]]
+
+ENCODERS: dict[str, Build] = {
+    "efficientnet_lite0": efficientnet.build,
+}
