@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 (Tan & Le, arXiv 1905.11946; the lite variant drops squeeze-and-excite): 49 patches of width 1280."""
+"""EfficientNet-lite0 (arXiv 1905.11946; the lite variant drops squeeze-and-excite): 49 patches of width 1280."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EfficientNetLite(nn.Module):
 
 
 def process(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """RGB images of any size -> ``pixel_values`` (N, 3, 224, 224); the whole picture is kept, its aspect ratio is not."""
+    """RGB images of any size -> ``pixel_values`` (N, 3, 224, 224); all of the picture, squashed."""
     pixels_NHW3 = np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images])
     values = torch.from_numpy(pixels_NHW3).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD)
     return {"pixel_values": values}
