@@ -1,0 +1,77 @@
+"""Control conditions: the same questions with the image swapped, blanked or taken away.
+
+A score that does not fall under a control was not earned by looking.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from x2l.types import Message, Part, Sample
+
+Key = Callable[[Part], str]  # the identity of a media part, e.g. the sha256 of its bytes
+
+
+def derangement(groups: Sequence[str], seed: int) -> list[int]:
+    """A permutation that sends every position to one of another group; the same seed gives the same one.
+
+    Raises:
+        ValueError: one group holds more than half of all positions, so none exists.
+    """
+    size = len(groups)
+    largest = max((groups.count(group) for group in set(groups)), default=0)
+    if size < 2 or 2 * largest > size:
+        raise ValueError(f"{largest} of {size} samples share one image: a wrong image for each needs at most half")
+    shuffled = np.random.default_rng(seed).permutation(size).tolist()
+    order = sorted(range(size), key=lambda i: (groups[shuffled[i]], i))
+    # Equal groups now stand together; a rotation by the largest group's size leaves none in its own group.
+    ranked = [shuffled[i] for i in order]
+    source = [0] * size
+    for position, index in enumerate(ranked):
+        source[index] = ranked[(position + largest) % size]
+    return source
+
+
+def wrong_image(samples: Sequence[Sample], key: Key, seed: int, modality: str = "image") -> list[Sample]:
+    """Every sample with the images of another sample, never with the same ones.
+
+    Raises:
+        ValueError: the samples do not all hold the same number of images, or too many share one.
+    """
+    media = [[part for part in sample.media if part.type == modality] for sample in samples]
+    numbers = {len(parts) for parts in media}
+    if len(numbers) != 1 or 0 in numbers:
+        raise ValueError(f"wrong-{modality} needs one number of {modality} parts in all samples, got {sorted(numbers)}")
+    source = derangement(["|".join(map(key, parts)) for parts in media], seed)
+    return [_swap(sample, modality, media[source[i]]) for i, sample in enumerate(samples)]
+
+
+def blank(samples: Sequence[Sample], key: Key, seed: int, modality: str = "image") -> list[Sample]:
+    """Every image replaced by a plain mid-grey one."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (224, 224), (128, 128, 128)).save(buffer, "PNG")
+    grey = Part(modality, bytes=buffer.getvalue())
+    return [_swap(sample, modality, [grey for p in sample.media if p.type == modality]) for sample in samples]
+
+
+def no_image(samples: Sequence[Sample], key: Key, seed: int, modality: str = "image") -> list[Sample]:
+    """Every image taken away."""
+    return [_swap(sample, modality, []) for sample in samples]
+
+
+CONTROLS: dict[str, Callable[..., list[Sample]]] = {"wrong-image": wrong_image, "blank": blank, "no-image": no_image}
+
+
+def _swap(sample: Sample, modality: str, new: list[Part]) -> Sample:
+    """Replace the parts of one modality in reading order; an empty list removes them."""
+    fresh = iter(new)
+    messages = []
+    for message in sample.messages:
+        content = [next(fresh, None) if part.type == modality else part for part in message.content]
+        messages.append(Message(message.role, tuple(part for part in content if part is not None)))
+    return replace(sample, messages=tuple(messages))

@@ -1,0 +1,217 @@
+"""Scores as pure functions of texts: captions, error rates, matches, relative scores. No model, no files.
+
+Everywhere a missing hypothesis is an empty one: it costs, and the coverage says how many there were.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jiwer
+import numpy as np
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from x2l.eval.bootstrap import Score, mean, score
+
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+_CAPTION_TOKEN = re.compile(rf"[{_HAN}]|[^\W{_HAN}_]+(?:-[^\W{_HAN}_]+)*")
+_MIXED_TOKEN = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+
+
+def caption_tokens(text: str) -> list[str]:
+    """Lower case, punctuation stripped: runs of letters and digits, inner hyphens kept, each Han character alone.
+
+    An apostrophe ends a token (``children's`` -> ``children s``), so that tokenised references (Flickr8k writes
+    ``children 's``) and plain hypotheses meet. It stands in for the PTB tokeniser, which needs Java.
+    """
+    return _CAPTION_TOKEN.findall(text.lower())
+
+
+def caption_scores(
+    hypotheses: Sequence[str | None],
+    references: Sequence[Sequence[str]],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """BLEU-1..4 and ROUGE-L in points of 100, CIDEr in the toolkit's unit (1.0 is what papers print as 100).
+
+    The scorers are pycocoevalcap's, on :func:`caption_tokens`; intervals resample images (``clusters``: the image of
+    each sample where several share one). CIDEr's document frequencies are those of all references given.
+
+    Raises:
+        ValueError: no samples, or a sample without a reference.
+    """
+    hyps = [" ".join(caption_tokens(text or "")) for text in hypotheses]
+    refs = [[" ".join(caption_tokens(text)) for text in texts] for texts in references]
+    if not hyps or len(hyps) != len(refs):
+        raise ValueError(f"captions need one hypothesis for each list of references: got {len(hyps)} and {len(refs)}")
+    for i, texts in enumerate(refs):
+        if not any(texts):
+            raise ValueError(f"sample {i} has no reference caption: {list(references[i])!r}")
+    result = _bleu(hyps, refs, clusters, seed)
+    gts, res = dict(enumerate(refs)), {i: [text] for i, text in enumerate(hyps)}
+    result["CIDEr"] = _mean(Cider().compute_score(gts, res)[1], clusters, seed)
+    result["ROUGE-L"] = _mean(100 * Rouge().compute_score(gts, res)[1], clusters, seed)
+    return result
+
+
+def meteor(hypotheses: Sequence[str | None], references: Sequence[Sequence[str]]) -> float | None:
+    """METEOR 1.5 in points of 100 by pycocoevalcap, or None where there is no Java to run it."""
+    if shutil.which("java") is None:
+        return None
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    gts = {i: [" ".join(caption_tokens(text)) for text in texts] for i, texts in enumerate(references)}
+    res = {i: [" ".join(caption_tokens(text or ""))] for i, text in enumerate(hypotheses)}
+    return 100 * float(Meteor().compute_score(gts, res)[0])
+
+
+def _bleu(hyps: list[str], refs: list[list[str]], clusters: Sequence[Hashable] | None, seed: int) -> dict[str, Score]:
+    scorer = BleuScorer(n=4)
+    for hyp, texts in zip(hyps, refs, strict=True):
+        scorer += (hyp, texts)
+    rows = [
+        [*c["correct"], *c["guess"], c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1]]
+        for c in scorer.ctest
+    ]
+    stats = np.array(rows, dtype=np.float64)
+    return {f"BLEU-{n}": score(stats, partial(_bleu_of_sums, n=n), clusters, seed) for n in (1, 2, 3, 4)}
+
+
+def _bleu_of_sums(sums: np.ndarray, n: int) -> np.ndarray:
+    """Corpus BLEU-n (Papineni et al., 2002) of (correct x 4, guessed x 4, hypothesis and closest reference length)."""
+    small, tiny = 1e-9, 1e-15  # the smoothing of pycocoevalcap, so that values agree to the last digit
+    precisions = (sums[..., :n] + tiny) / (sums[..., 4 : 4 + n] + small)
+    ratio = (sums[..., 8] + tiny) / (sums[..., 9] + small)
+    return 100 * precisions.prod(-1) ** (1 / n) * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+
+def _mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None, seed: int) -> Score:
+    column = np.asarray(values, dtype=np.float64)
+    return score(np.stack([column, np.ones_like(column)], 1), mean, clusters, seed)
+
+
+class ErrorRate(NamedTuple):
+    """A corpus-pooled error rate in percent: 100 (S + D + I) / N, and everything needed to judge it."""
+
+    rate: Score
+    num_units: int  # N: words or characters of the references
+    substitutions: int
+    deletions: int
+    insertions: int
+    num_utterances: int
+    coverage: float  # share of utterances that have a hypothesis at all
+    num_above_100: int  # utterances with more errors than units
+
+
+def units(text: str, unit: str) -> list[str]:
+    """Split normalised text into ``word``s, ``char``acters (spaces dropped), or ``mixed``: Han characters and words."""
+    if unit == "word":
+        return text.split()
+    if unit == "char":
+        return list("".join(text.split()))
+    if unit == "mixed":
+        return _MIXED_TOKEN.findall(text)
+    raise ValueError(f"unknown unit {unit!r}: use word (WER), char (CER) or mixed (characters and words)")
+
+
+def error_counts(hypotheses: Sequence[str | None], references: Sequence[str], unit: str) -> np.ndarray:
+    """(N, 4) counts of each utterance: substitutions, deletions, insertions, reference units; aligned by jiwer."""
+    counts = np.zeros((len(references), 4))
+    for row, hyp, ref in zip(counts, hypotheses, references, strict=True):
+        hyp_units, ref_units = units(hyp or "", unit), units(ref, unit)
+        if not ref_units:  # jiwer takes no empty reference: everything said is an insertion
+            row[:] = 0, 0, len(hyp_units), 0
+            continue
+        aligned = jiwer.process_words(" ".join(ref_units), " ".join(hyp_units))
+        row[:] = aligned.substitutions, aligned.deletions, aligned.insertions, len(ref_units)
+    return counts
+
+
+def error_of_sums(sums: np.ndarray) -> np.ndarray:
+    """The statistic of :func:`error_counts`: percent errors a reference unit."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 100 * sums[..., :3].sum(-1) / sums[..., 3]
+
+
+def error_rate(
+    hypotheses: Sequence[str | None],
+    references: Sequence[str],
+    unit: str = "word",
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> ErrorRate:
+    """WER (``word``), CER (``char``) or the mixed rate of normalised texts; None is a missing hypothesis.
+
+    Raises:
+        ValueError: no utterances, unequal counts, or references without a single unit.
+    """
+    counts = error_counts(hypotheses, references, unit)
+    total = counts.sum(0).astype(int)
+    if len(counts) and not total[3]:
+        raise ValueError(f"the {len(counts)} references hold no {unit} at all: check the normaliser")
+    return ErrorRate(
+        score(counts, error_of_sums, clusters, seed),
+        num_units=int(total[3]),
+        substitutions=int(total[0]),
+        deletions=int(total[1]),
+        insertions=int(total[2]),
+        num_utterances=len(counts),
+        coverage=sum(hyp is not None for hyp in hypotheses) / len(counts),
+        num_above_100=int((counts[:, :3].sum(1) > counts[:, 3]).sum()),
+    )
+
+
+# A published test set by name: (utterances, reference characters). A subset must not carry its name.
+TEST_SETS = {"AISHELL-2 test": (5000, 49527)}
+
+
+def check_label(label: str, num_utterances: int, num_units: int) -> None:
+    """Refuse the name of a published test set for anything that is not the whole of it.
+
+    Raises:
+        ValueError: the counts differ from the published ones.
+    """
+    expected = TEST_SETS.get(label)
+    if expected is not None and (num_utterances, num_units) != expected:
+        raise ValueError(
+            f"{label!r} means {expected[0]} utterances and {expected[1]} characters, this run has {num_utterances} "
+            f"and {num_units}: give it another label"
+        )
+
+
+def accuracy(
+    hypotheses: Sequence[str | None],
+    references: Sequence[Sequence[str]],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Score:
+    """Percent of hypotheses that equal one of their references; both sides are expected normalised."""
+    right = [100.0 * (hyp is not None and hyp in refs) for hyp, refs in zip(hypotheses, references, strict=True)]
+    return _mean(right, clusters, seed)
+
+
+def relative_score(
+    candidate: Sequence[float],
+    reference: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Score:
+    """LLaVA-Bench: 100 x mean judged score of the candidate / mean judged score of the reference answer."""
+    stats = np.stack([100 * np.asarray(candidate, float), np.asarray(reference, float)], 1)
+    return score(stats, mean, clusters, seed)
+
+
+def to_json(value: Any) -> Any:
+    """Scores and error rates as plain dictionaries, for JSON."""
+    if isinstance(value, (Score, ErrorRate)):
+        return {name: to_json(item) for name, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    return value

@@ -1,0 +1,197 @@
+"""Prediction: ask a model once, store everything; scoring reads the records and needs no model.
+
+A run directory holds ``task.jsonl`` (what was asked of whom, with references), ``records.jsonl`` (what came back),
+``run.json`` (the manifest) and ``media/`` (thumbnails of the images that the model saw).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from x2l.eval import records
+from x2l.eval.controls import CONTROLS
+from x2l.eval.tasks import find
+from x2l.types import Part, Sample
+
+THUMBNAIL = 192  # pixels of the longer side
+
+
+class Generator(Protocol):
+    """Anything that answers samples."""
+
+    def generate_text(self, samples: list[Sample], **decode: Any) -> list[str]:
+        """One answer for each sample."""
+
+
+Read = Callable[[Part], bytes]
+
+
+def read_part(part: Part) -> bytes:
+    """The raw bytes of a media part given by path or bytes.
+
+    Raises:
+        ValueError: another source; pass the reader of the data set.
+    """
+    if part.bytes is not None:
+        return part.bytes
+    if part.path is not None:
+        return Path(part.path).read_bytes()
+    raise ValueError(f"cannot read a {part.type} part without path or bytes: pass read= of its data source")
+
+
+def prompt_of(sample: Sample) -> str:
+    """The messages as text, media as ``<type>`` marks: the record of what was asked where a model renders none."""
+    return "\n".join(f"{m.role}: " + "".join(p.text or f"<{p.type}>" for p in m.content) for m in sample.messages)
+
+
+def split_reference(sample: Sample) -> tuple[Sample, list[str]]:
+    """The question alone, and the reference answers: ``meta["references"]``, else the final assistant message.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    messages = sample.messages
+    final = messages[-1].text if messages and messages[-1].role == "assistant" else None
+    references = sample.meta.get("references", [final])
+    if references == [None] or not references:
+        raise ValueError(f"sample {sample.id!r} has no reference: end it with an assistant message or meta.references")
+    return replace(sample, messages=messages[:-1] if final is not None else messages), list(references)
+
+
+def predict(
+    model: Generator,
+    samples: Sequence[Sample],
+    out_dir: str | Path,
+    *,
+    task: str,
+    model_info: dict[str, Any],
+    decode: dict[str, Any] | None = None,
+    control: str | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    read: Read = read_part,
+    render: Callable[[Sample], str] = prompt_of,
+) -> Path:
+    """Answer every sample that has no record yet, and return the run directory.
+
+    A record is reused only if the sample's request hash (prompt, media, decoding, seed, checkpoint) is unchanged; ids
+    decide, never line numbers. Killing the process loses at most the batch in flight.
+
+    Args:
+        task: a name of :data:`x2l.eval.tasks.TASKS`.
+        model_info: what identifies the model: at least ``checkpoint`` (manifest hash), ``device`` and ``dtype``.
+        decode: keyword arguments of ``generate_text``; ``seed`` is recorded beside them and seeds the controls.
+        control: one of :data:`x2l.eval.controls.CONTROLS`, or None for the samples as they are.
+        limit: the first so many samples.
+        read, render: the bytes of a media part; the prompt as the model sees it.
+
+    Raises:
+        ValueError: no samples, two with one id, an unknown task or control, a missing reference, or a directory that
+            holds another run.
+    """
+    out_dir, decode = Path(out_dir), dict(decode or {})
+    missing = {"checkpoint", "device", "dtype"} - model_info.keys()
+    if missing:
+        raise ValueError(f"model_info lacks {sorted(missing)}: a run must say what produced it")
+    normalise = find(task).normalise
+    pairs = _questions(samples[:limit])
+    asked = _controlled([sample for sample, _ in pairs], control, seed, read)
+    identity = {"task": task, "control": control, "seed": seed, "decode": decode, "model": model_info}
+    plan = [
+        {**_request(sample, identity, read, render), "references": references, "cluster": _cluster(original, read)}
+        for sample, (original, references) in zip(asked, pairs, strict=True)
+    ]
+    _claim(out_dir, identity, plan, batch_size)
+    done = {row["request_sha256"] for row in records.read(out_dir / "records.jsonl")}
+    todo = [(sample, row) for sample, row in zip(asked, plan, strict=True) if row["request_sha256"] not in done]
+    with tqdm(total=len(plan), initial=len(plan) - len(todo), desc=f"{task} {control or ''}".strip()) as bar:
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            answers = model.generate_text([sample for sample, _ in batch], **decode)
+            if len(answers) != len(batch):
+                raise ValueError(f"the model gave {len(answers)} answers to {len(batch)} samples")
+            rows = [
+                {**row, "decode": decode, "seed": seed, "raw": raw, "output": normalise(raw, row["meta"])}
+                for (_, row), raw in zip(batch, answers, strict=True)
+            ]
+            for sample, _ in batch:
+                _store_thumbnails(sample, out_dir / "media", read)
+            records.append(out_dir / "records.jsonl", rows)
+            bar.update(len(batch))
+    return out_dir
+
+
+def _questions(samples: Sequence[Sample]) -> list[tuple[Sample, list[str]]]:
+    ids = [sample.id for sample in samples]
+    if not ids or len(set(ids)) != len(ids):
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        raise ValueError(f"samples need unique ids, got {twice[:5]} more than once" if ids else "no samples to predict")
+    return [split_reference(sample) for sample in samples]
+
+
+def _controlled(samples: list[Sample], control: str | None, seed: int, read: Read) -> list[Sample]:
+    if control is None:
+        return samples
+    if control not in CONTROLS:
+        raise ValueError(f"unknown control {control!r}: use one of {sorted(CONTROLS)}")
+    return CONTROLS[control](samples, lambda part: records.sha256(read(part)), seed)
+
+
+def _cluster(sample: Sample, read: Read) -> str:
+    """Samples about one image are drawn together by the bootstrap; a sample without one stands alone."""
+    images = [part for part in sample.media if part.type == "image"]
+    return str(sample.meta.get("cluster") or (records.sha256(read(images[0])) if images else sample.id))
+
+
+def _request(sample: Sample, identity: dict[str, Any], read: Read, render: Callable[[Sample], str]) -> dict[str, Any]:
+    prompt = render(sample)
+    media = [{"type": part.type, "sha256": records.sha256(read(part))} for part in sample.media]
+    request = {"prompt": prompt, "media": media, **{k: identity[k] for k in ("decode", "seed", "model")}}
+    return {
+        "id": sample.id,
+        "media": media,
+        "prompt": prompt,
+        "prompt_sha256": records.sha256(prompt),
+        "request_sha256": records.sha256({"id": sample.id, **request}),
+        "meta": {k: v for k, v in sample.meta.items() if k != "references"},
+    }
+
+
+def _claim(out_dir: Path, identity: dict[str, Any], plan: list[dict[str, Any]], batch_size: int) -> None:
+    """Write the plan and the manifest, unless the directory belongs to another run."""
+    manifest = out_dir / "run.json"
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if manifest.exists():
+        found = records.read_json(manifest)
+        other = [name for name, value in identity.items() if found.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{out_dir} holds another run ({other[0]}: {found.get(other[0])!r}, now {identity[other[0]]!r}): "
+                "choose another directory"
+            )
+    records.write_jsonl(out_dir / "task.jsonl", plan)
+    task_sha256 = records.sha256([row["request_sha256"] for row in plan])
+    about = {"num_samples": len(plan), "task_sha256": task_sha256, "batch_size": batch_size, **records.environment()}
+    records.write_json(manifest, {**identity, **about})
+
+
+def _store_thumbnails(sample: Sample, folder: Path, read: Read) -> None:
+    folder.mkdir(exist_ok=True)
+    for part in sample.media:
+        if part.type != "image":
+            continue
+        content = read(part)
+        path = folder / f"{records.sha256(content)}.jpg"
+        if not path.exists():
+            with Image.open(io.BytesIO(content)) as image:
+                small = image.convert("RGB")
+                small.thumbnail((THUMBNAIL, THUMBNAIL))
+                small.save(path, "JPEG", quality=80)
