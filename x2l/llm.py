@@ -101,7 +101,7 @@ def _convert(gguf: Path, out: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     vars(model).update(is_quantized=False, hf_quantizer=None)  # else save_pretrained writes the packed form
-    with _quiet():
+    with quiet():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
@@ -113,7 +113,7 @@ def _load(
     if gguf_file is not None:
         source["gguf_file"] = gguf_file
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **source)
             model = AutoModelForCausalLM.from_pretrained(folder, **source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -124,7 +124,7 @@ def _load(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the loading bars and notes of transformers; errors are raised all the same."""
     from transformers.utils import logging as hf_logging
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x2l.encoders import efficientnet
+from x2l.encoders import efficientnet, hf
 
 Build = Callable[..., tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]]
 
 ENCODERS: dict[str, Build] = {
     "efficientnet_lite0": efficientnet.build,
+    "vision": hf.build_vision,
+    "speech": hf.build_speech,
 }

@@ -1,0 +1,229 @@
+"""Encoders: the real loading code on tiny random models saved in the formats that hubs serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from x2l.encoders import ENCODERS, hf
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {**SMALL, "image_size": 28, "patch_size": 14}
+TEXT = {**SMALL, "vocab_size": 99}
+OPT = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def clip():
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)
+    model = transformers.CLIPModel(config)
+    return model, model.vision_model, transformers.CLIPImageProcessorPil
+
+
+def siglip():
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=VISION))
+    return model, model.vision_model, transformers.SiglipImageProcessorPil
+
+
+def blip2():
+    qformer = {**TEXT, "encoder_hidden_size": 32}
+    text = {**OPT, "vocab_size": 99, "word_embed_proj_dim": 32}
+    config = transformers.Blip2Config(vision_config=VISION, qformer_config=qformer, text_config=text)
+    model = transformers.Blip2ForConditionalGeneration(config)
+    return model, model.vision_model, transformers.BlipImageProcessorPil
+
+
+def blip():
+    config = transformers.BlipConfig(vision_config=VISION, text_config={**TEXT, "encoder_hidden_size": 32})
+    model = transformers.BlipForConditionalGeneration(config)
+    return model, model.vision_model, transformers.BlipImageProcessorPil
+
+
+def dinov2():
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**VISION))
+    return model, model, transformers.BitImageProcessorPil
+
+
+def vit():
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+    return model, model.vit, transformers.ViTImageProcessorPil
+
+
+def resnet():
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 32], depths=[1, 1])
+    model = transformers.ResNetModel(config)
+    return model, model, transformers.BitImageProcessorPil
+
+
+@pytest.fixture
+def photos() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((40, 61), (90, 33))]
+
+
+def save_vision(kind, folder: Path):
+    torch.manual_seed(0)
+    whole, half, processor = kind()
+    for parameter in whole.parameters():  # BLIP-2 starts at 1e-10: no test could tell its layers apart
+        nn.init.normal_(parameter, std=0.3)
+    whole.save_pretrained(folder)
+    processor = processor(size={"height": 28, "width": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folder)
+    return half.eval(), processor
+
+
+@pytest.mark.parametrize("kind", [clip, siglip, blip2, blip, dinov2, vit, resnet], ids=lambda kind: kind.__name__)
+def test_vision_models_load_whole_and_give_their_own_last_hidden_state(kind, tmp_path: Path, photos) -> None:
+    half, own_processor = save_vision(kind, tmp_path)
+    encoder, process = ENCODERS["vision"](weights=str(tmp_path))
+    inputs = process(photos)
+    with torch.inference_mode():
+        features = encoder.eval()(**inputs)
+        expected = half(pixel_values=own_processor(images=photos, return_tensors="pt")["pixel_values"])[0]
+    if expected.ndim == 4:
+        expected = expected.permute(0, 2, 3, 1).reshape(len(photos), -1, expected.shape[1])
+    torch.testing.assert_close(features.x, expected, rtol=0, atol=1e-5)
+    assert features.x.shape == (2, features.lengths[0], encoder.width)
+    assert expected.std() > 0.01
+    assert not torch.allclose(features.x[0], features.x[1])
+
+
+def test_vision_layer_selects_a_hidden_state(tmp_path: Path, photos) -> None:
+    half, _ = save_vision(clip, tmp_path)
+    encoder, process = hf.build_vision(str(tmp_path), layer=-2)
+    inputs = process(photos)
+    with torch.inference_mode():
+        expected = half(**inputs, output_hidden_states=True).hidden_states[1]
+        torch.testing.assert_close(encoder.eval()(**inputs).x, expected)
+    with pytest.raises(ValueError, match="layer=3"):
+        hf.build_vision(str(tmp_path), layer=3)
+
+
+def test_vision_errors_name_the_folder(tmp_path: Path) -> None:
+    save_vision(vit, tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=tmp_path.name):
+        hf.build_vision(str(tmp_path))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        hf.build_vision(str(empty))
+
+
+def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_vision(vit, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    state = load_file(weights)
+    gone = next(key for key in state if "layernorm" in key)
+    del state[gone]
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights of ViTModel are not in it"):
+        hf.build_vision(str(tmp_path))
+
+
+# ---------------------------------------------------------------- speech
+
+
+def tone(seconds: float, hz: float = 440.0) -> np.ndarray:
+    time = np.arange(int(seconds * hf.RATE)) / hf.RATE
+    noise = np.random.default_rng(int(seconds * 1000)).normal(0, 0.05, len(time))
+    return (0.4 * np.sin(2 * np.pi * hz * time) + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("whisper")
+    config = transformers.WhisperConfig(
+        d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
+    transformers.WhisperFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def test_whisper_equals_transformers_and_cuts_the_padding(whisper: Path) -> None:
+    encoder, process = hf.build_speech(str(whisper))
+    waves = [tone(3.01), tone(0.5, 300)]
+    reference = transformers.WhisperModel.from_pretrained(whisper).encoder.eval()
+    mels = transformers.WhisperFeatureExtractor()(waves, sampling_rate=16000, return_tensors="pt").input_features
+    with torch.inference_mode():
+        features = encoder.eval()(**process(waves))
+        expected = reference(mels).last_hidden_state
+    assert features.lengths.tolist() == [151, 25]  # 20 ms a frame, the last one begun
+    assert features.x.shape == (2, 151, 32)
+    torch.testing.assert_close(features.x[0], expected[0, :151])
+    torch.testing.assert_close(features.x[1, :25], expected[1, :25])
+
+
+def test_whisper_joins_windows_and_ignores_the_batch(whisper: Path) -> None:
+    encoder, process = hf.build_speech(str(whisper))
+    long, short = tone(31.0), tone(1.0)
+    with torch.inference_mode():
+        both = encoder.eval()(**process([short, long]))
+        alone = encoder(**process([short]))
+        head, tail = encoder(**process([long[: 30 * hf.RATE]])), encoder(**process([long[30 * hf.RATE :]]))
+    assert both.lengths.tolist() == [50, 1550]
+    torch.testing.assert_close(both.x[0, :50], alone.x[0])
+    torch.testing.assert_close(both.x[1, :1500], head.x[0])
+    torch.testing.assert_close(both.x[1, 1500:], tail.x[0])
+
+
+CONVOLUTIONS = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (20, 16), "num_feat_extract_layers": 2}
+KIN = {
+    "wav2vec2": (transformers.Wav2Vec2Model, transformers.Wav2Vec2Config),
+    "hubert": (transformers.HubertModel, transformers.HubertConfig),
+    "wavlm": (transformers.WavLMModel, transformers.WavLMConfig),
+}
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@pytest.mark.parametrize("kind", KIN)
+def test_wave_models_do_not_see_their_batch(kind: str, norm: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model_class, config_class = KIN[kind]
+    config = config_class(
+        **SMALL, **CONVOLUTIONS, feat_extract_norm=norm, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        do_stable_layer_norm=norm == "layer",
+    )  # fmt: skip
+    model = model_class(config).eval()
+    model.save_pretrained(tmp_path)
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer")
+    extractor.save_pretrained(tmp_path)
+    encoder, process = hf.build_speech(str(tmp_path))
+    waves = [tone(0.2), tone(0.7), tone(0.001)]
+    with torch.inference_mode():
+        features = encoder.eval()(**process(waves))
+        for wave, x, length in zip(waves[:2], features.x, features.lengths, strict=False):
+            values = extractor(wave, sampling_rate=16000, return_tensors="pt").input_values
+            expected = model(values).last_hidden_state[0]
+            assert len(expected) == length
+            torch.testing.assert_close(x[:length], expected, rtol=0, atol=1e-5)
+    assert features.lengths[2] == 1  # shorter than one frame: padded to it
+    assert features.x.shape == (3, features.lengths.max(), 32)
+
+
+def test_receptive_field_of_the_published_wav2vec2() -> None:
+    assert hf.receptive_field(transformers.Wav2Vec2Config()) == 400  # 25 ms, paper section 4.2
+
+
+@pytest.mark.parametrize("wave", [np.zeros((2, 8), np.float32), np.zeros(0, np.float32), np.array([0.0, np.nan])])
+def test_bad_waveforms_are_refused(whisper: Path, wave: np.ndarray) -> None:
+    _, process = hf.build_speech(str(whisper))
+    with pytest.raises(ValueError, match="waveform"):
+        process([wave])
+
+
+def test_a_text_model_is_no_speech_encoder(tmp_path: Path) -> None:
+    save_vision(vit, tmp_path)
+    with pytest.raises(ValueError, match=r"no speech encoder|cannot load"):
+        hf.build_speech(str(tmp_path))
