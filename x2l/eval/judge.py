@@ -1,0 +1,260 @@
+"""The judge: any OpenAI-compatible endpoint or a local model, asked once for each judgement and never twice.
+
+Environment: ``X2L_JUDGE_URL`` (such as https://host/v1), ``X2L_JUDGE_MODEL``, ``X2L_JUDGE_KEY``. The key goes into one
+request header and nowhere else: not into records, messages or logs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import requests
+from tqdm import tqdm
+
+from x2l.eval import llava_bench, records
+from x2l.eval.llava_bench import Question
+from x2l.types import Message, Part, Sample, user
+
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+TEMPERATURE, MAX_TOKENS = 0.2, 1024  # LLaVA's
+DECODE = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
+ATTEMPTS, LONGEST_WAIT = 7, 120.0
+Row = dict[str, Any]
+
+
+class JudgeError(ValueError):
+    """The judge cannot be asked; what was answered so far is stored."""
+
+
+class Chat(Protocol):
+    """Anything that completes a system line and a user message."""
+
+    @property
+    def name(self) -> str:
+        """The model, as it is recorded."""
+
+    def complete(self, system: str, message: str, temperature: float, max_tokens: int) -> str:
+        """The reply."""
+
+
+class Endpoint:
+    """A chat-completions endpoint; waits as told on 429 and 503, and tries again when the network fails."""
+
+    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 300.0):
+        self.url, self.name, self.timeout = url.rstrip("/") + "/chat/completions", model, timeout
+        self._key = key
+
+    @classmethod
+    def from_env(cls) -> Endpoint:
+        """The endpoint that the environment names.
+
+        Raises:
+            JudgeError: X2L_JUDGE_URL or X2L_JUDGE_MODEL is not set.
+        """
+        missing = [name for name in ("X2L_JUDGE_URL", "X2L_JUDGE_MODEL") if not os.environ.get(name)]
+        if missing:
+            raise JudgeError(f"no judge: set {' and '.join(missing)} (and X2L_JUDGE_KEY, if it asks for a key)")
+        return cls(os.environ["X2L_JUDGE_URL"], os.environ["X2L_JUDGE_MODEL"], os.environ.get("X2L_JUDGE_KEY"))
+
+    def complete(self, system: str, message: str, temperature: float, max_tokens: int) -> str:
+        """The text of the first choice.
+
+        Raises:
+            JudgeError: refused, not understood, or no answer after all attempts.
+        """
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": message}]
+        body = {"model": self.name, "messages": turns, "temperature": temperature, "max_tokens": max_tokens}
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            wait = min(2.0**attempt, LONGEST_WAIT)
+            try:
+                response = self._post(body)
+            except (requests.ConnectionError, requests.Timeout) as error:
+                problem = type(error).__name__
+            else:
+                if response.ok:
+                    return self._content(response)
+                problem = f"status {response.status_code}: {self._redacted(response.text[:300])}"
+                if response.status_code not in (408, 429) and response.status_code < 500:
+                    raise JudgeError(f"the judge refused: {problem}")
+                wait = min(retry_after(response.headers.get("Retry-After")) or wait, LONGEST_WAIT)
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(wait)
+        raise JudgeError(f"no answer from the judge in {ATTEMPTS} attempts, the last: {problem}")
+
+    def _post(self, body: Row) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return requests.post(self.url, json=body, headers=headers, timeout=self.timeout, allow_redirects=False)
+
+    def _content(self, response: requests.Response) -> str:
+        try:
+            return str(response.json()["choices"][0]["message"]["content"] or "")
+        except (ValueError, LookupError, TypeError) as error:
+            shown = self._redacted(response.text[:300])
+            raise JudgeError(f"the judge's answer is not a chat completion: {shown!r}") from error
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (a number or a date), or None."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+class LocalChat:
+    """A local model as a judge or a translator: anything with ``generate_text``."""
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model, name
+
+    def complete(self, system: str, message: str, temperature: float, max_tokens: int) -> str:
+        sample = Sample("judge", (Message("system", (Part("text", text=system),)), user(message)))
+        answers: list[str] = self.model.generate_text([sample], temperature=temperature, max_new_tokens=max_tokens)
+        return answers[0]
+
+
+def translator(chat: Chat, language: str = "English") -> Callable[[str], str]:
+    """A translator that asks a chat model; greedy, so that the same answer gives the same text."""
+    system = f"Translate the user's text into {language}. Reply with the translation alone."
+    return lambda text: chat.complete(system, text, temperature=0.0, max_tokens=1024)
+
+
+def judge(
+    questions: Sequence[Question],
+    references: Mapping[int, str],
+    candidates: Mapping[int, str],
+    chat: Chat,
+    out_dir: str | Path,
+    mode: str = "robust",
+    translate: Callable[[str], str] | None = None,
+    workers: int = 4,
+) -> Path:
+    """Ask for every judgement that has no record yet; returns the folder for :func:`score`.
+
+    A judgement is known by the hash of its message, judge, order and draw, so that an interrupted run goes on where it
+    stopped and a changed prompt is asked anew. (LLaVA's own resume by line number is not reproduced in any mode.)
+
+    Args:
+        references, candidates: answers by question id. ``paper`` pairs the files by line and stops at the shortest.
+        translate: applied to candidate answers; both texts are stored.
+
+    Raises:
+        ValueError: ``robust`` and a question without an answer.
+        JudgeError: the judge cannot be asked.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    texts = _translations(candidates, translate, out_dir / "translations.jsonl")
+    plan = _plan(questions, references, candidates, texts, chat.name, mode)
+    identity = {"task": "llava_bench_coco", "mode": mode, "judge": chat.name, "system": SYSTEM, "decode": DECODE}
+    records.write_json(out_dir / "run.json", {**identity, "num_judgements": len(plan), **records.environment()})
+    records.write_jsonl(out_dir / "task.jsonl", plan)
+    done = {row["key"] for row in records.read(out_dir / "judgements.jsonl")}
+    todo = [row for row in plan if row["key"] not in done]
+
+    lock = Lock()
+
+    def ask(row: Row) -> None:
+        reply = chat.complete(SYSTEM, row["message"], TEMPERATURE, MAX_TOKENS)
+        status = llava_bench.find_mode(mode).parse(reply).status
+        with lock:  # stored by the worker at once: a paid reply must not wait in memory
+            found = {**row, "judge": chat.name, "decode": DECODE, "reply": reply, "status": status}
+            records.append(out_dir / "judgements.jsonl", [found])
+
+    bar = tqdm(total=len(plan), initial=len(plan) - len(todo), desc=f"judge {mode}")
+    with bar, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(ask, row) for row in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return out_dir
+
+
+def score(out_dir: str | Path, seed: int = 0) -> Row:
+    """Summarise stored judgements, no judge needed; those still missing count against the coverage."""
+    out_dir = Path(out_dir)
+    replies = {row["key"]: row["reply"] for row in records.read(out_dir / "judgements.jsonl")}
+    plan = records.read(out_dir / "task.jsonl")
+    mode = records.read_json(out_dir / "run.json")["mode"]
+    summary = llava_bench.summarise([{**row, "reply": replies.get(row["key"])} for row in plan], mode, seed)
+    records.write_json(out_dir / "scores.json", summary)
+    return summary
+
+
+def exit_code(summary: Row, min_coverage: float = llava_bench.MIN_COVERAGE) -> int:
+    """0, or 3 where too many results are missing or unreadable to stand behind the number."""
+    return 0 if summary["coverage"] >= min_coverage else 3
+
+
+def _translations(answers: Mapping[int, str], translate: Callable[[str], str] | None, path: Path) -> Mapping[int, str]:
+    """Each answer translated once; stored, so that a resumed run does not translate again."""
+    if translate is None:
+        return answers
+    known = {row["sha256"]: row["translated"] for row in records.read(path)}
+    for text in answers.values():
+        if records.sha256(text) not in known:
+            known[records.sha256(text)] = translate(text)
+            records.append(
+                path, [{"sha256": records.sha256(text), "text": text, "translated": known[records.sha256(text)]}]
+            )
+    return {question_id: known[records.sha256(text)] for question_id, text in answers.items()}
+
+
+def _plan(
+    questions: Sequence[Question],
+    references: Mapping[int, str],
+    candidates: Mapping[int, str],
+    texts: Mapping[int, str],
+    judge_name: str,
+    mode: str,
+) -> list[Row]:
+    if mode == "paper":
+        triples = [(q, r, c) for q, r, c in zip(questions, references, candidates, strict=False)]
+    else:
+        missing = [q.id for q in questions if q.id not in references or q.id not in candidates]
+        if missing:
+            raise ValueError(f"no answer to questions {missing[:10]}: predict them first, or judge in the paper mode")
+        triples = [(q, q.id, q.id) for q in questions]
+    orders, draws, _ = llava_bench.find_mode(mode)
+    rows = []
+    for question, reference_id, candidate_id in triples:
+        for order in orders:
+            pair = (references[reference_id], texts[candidate_id])
+            message = llava_bench.judge_message(question, *(pair if order == "reference-first" else pair[::-1]))
+            for draw in range(draws):
+                request = {"message": message, "system": SYSTEM, "decode": DECODE, "judge": judge_name}
+                rows.append(
+                    {
+                        "key": records.sha256({**request, "question_id": question.id, "order": order, "draw": draw}),
+                        "question_id": question.id,
+                        "image": question.image,
+                        "category": question.category,
+                        "order": order,
+                        "draw": draw,
+                        "raw": candidates[candidate_id],
+                        "translated": texts[candidate_id],
+                        "message_sha256": records.sha256(message.encode()),
+                        "message": message,
+                    }
+                )
+    return rows
