@@ -121,6 +121,7 @@ def _fetch(spec: str, parts: list[str], sha256: str | None, target: Path) -> Non
         log.warning("%s: %s is damaged (sha256 %s, not %s); fetching it anew", spec, target, sha256_of(target), sha256)
         target.unlink()
     work = target.parent / "parts"
+    work.mkdir(exist_ok=True)
     pieces = [_fetch_part(part, work / str(index)) for index, part in enumerate(parts)]
     joined = work / "joined"
     with joined.open("wb") as out:
@@ -142,11 +143,11 @@ def _fetch_part(part: str, piece: Path) -> Path:
         return FETCH[_scheme(part)](part, None)
     if not piece.exists():
         work = piece.with_name("tmp")
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: we hold the lock
-        work.mkdir(parents=True)
         log.info("fetching %s", part)
-        os.replace(_retry(part, work), piece)
-        shutil.rmtree(work)
+        try:
+            os.replace(_retry(part, work), piece)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return piece
 
 
@@ -163,6 +164,8 @@ def _verify(path: Path, sha256: str, spec: str) -> None:
 
 def _retry(part: str, work: Path) -> Path:
     for attempt in range(ATTEMPTS):
+        shutil.rmtree(work, ignore_errors=True)  # of a failed attempt or a killed process: we hold the lock
+        work.mkdir(parents=True)
         try:
             return FETCH[_scheme(part)](part, work)
         except _Unreachable as error:
