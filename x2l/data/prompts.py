@@ -20,3 +20,16 @@ def instructions(task: str, lang: str) -> tuple[str, ...]:
         known = ", ".join(sorted(p.stem for p in POOLS.glob("*.txt")))
         raise ValueError(f"no instructions for task {task!r} in language {lang!r}; there are: {known}")
     return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+@cache
+def phrasings(task: str, lang: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Questions and answers of each section of ``<task>.<lang>.txt``: ``# section``, then lines "Q ..." and "A ..."."""
+    sections: dict[str, tuple[list[str], list[str]]] = {}
+    for line in instructions(task, lang):
+        mark, _, text = line.partition(" ")
+        if mark == "#":
+            questions, answers = sections.setdefault(text, ([], []))
+        else:
+            {"Q": questions, "A": answers}[mark].append(text)
+    return {name: (tuple(questions), tuple(answers)) for name, (questions, answers) in sections.items()}
