@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,75 @@ def test_whisper_joins_windows_and_ignores_the_batch(whisper: Path) -> None:
     torch.testing.assert_close(both.x[0, :50], alone.x[0])
     torch.testing.assert_close(both.x[1, :1500], head.x[0])
     torch.testing.assert_close(both.x[1, 1500:], tail.x[0])
+
+
+def write_ct2(path: Path, variables: dict[str, np.ndarray]) -> None:
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    kinds = {np.dtype("float32"): 0, np.dtype("int8"): 1, np.dtype("int16"): 2, np.dtype("float16"): 4}
+    blob = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for name, array in variables.items():
+        blob += text(name) + struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+        blob += struct.pack("<BI", kinds[array.dtype], array.nbytes) + array.tobytes()
+    path.write_bytes(blob + struct.pack("<I", 0))
+
+
+def as_ct2(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """A Whisper encoder's state dict under CTranslate2's names, its projections fused."""
+    out = {"encoder/num_heads": np.array(4, np.int16), "decoder/embeddings/weight": np.zeros((9, 32), np.float16)}
+    norms = {"weight": "gamma", "bias": "beta"}
+    names = {"self_attn.out_proj": "self_attention/linear_1", "fc1": "ffn/linear_0", "fc2": "ffn/linear_1"}
+    names |= {"self_attn_layer_norm": "self_attention/layer_norm", "final_layer_norm": "ffn/layer_norm"}
+    for key, value in state.items():
+        path, kind = key.rsplit(".", 1)
+        array = value.half().numpy()
+        if path == "embed_positions":
+            out["encoder/position_encodings/encodings"] = array
+        elif not path.startswith("layers."):
+            out[f"encoder/{path}/{norms[kind] if path == 'layer_norm' else kind}"] = array
+        elif path.endswith("q_proj"):
+            k_bias = torch.zeros_like(state[path + ".bias"])
+            bias = torch.cat([state[path + ".bias"], k_bias, state[path.replace("q_proj", "v_proj") + ".bias"]])
+            weight = torch.cat([state[path.replace("q_proj", f"{p}_proj") + ".weight"] for p in "qkv"])
+            prefix = f"encoder/layer_{path.split('.')[1]}/self_attention/linear_0/"
+            out[prefix + "weight"], out[prefix + "bias"] = weight.half().numpy(), bias.half().numpy()
+        elif not path.endswith(("k_proj", "v_proj")):
+            _, layer, rest = path.split(".", 2)
+            kind = norms[kind] if rest.endswith("norm") else kind
+            out[f"encoder/layer_{layer}/{names[rest]}/{kind}"] = array
+    return out
+
+
+def test_whisper_from_ctranslate2_equals_the_encoder_it_was_made_of(whisper: Path, tmp_path: Path) -> None:
+    reference, process = hf.build_speech(str(whisper))
+    reference.encoder.half().float()  # the file holds float16
+    variables = as_ct2(reference.encoder.state_dict())
+    write_ct2(tmp_path / "model.bin", variables)
+    encoder, process_ct2 = hf.build_whisper_ct2(str(tmp_path / "model.bin"))
+    waves = [tone(1.0), tone(0.4)]
+    with torch.inference_mode():
+        ours, expected = encoder.eval()(**process_ct2(waves)), reference.eval()(**process(waves))
+    torch.testing.assert_close(ours.x, expected.x)
+    assert ours.lengths.tolist() == expected.lengths.tolist()
+
+
+def test_damaged_ctranslate2_files_are_refused(whisper: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    variables = as_ct2(hf.build_speech(str(whisper))[0].encoder.state_dict())
+    write_ct2(file, variables)
+    whole = file.read_bytes()
+    for size in (3, 40, len(whole) // 2):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="ends within"):
+            hf.build_whisper_ct2(str(file))
+    file.write_bytes(b"GGUF" + whole[4:])
+    with pytest.raises(ValueError, match="binary version"):
+        hf.build_whisper_ct2(str(file))
+    del variables["encoder/conv2/weight"]
+    write_ct2(file, variables)
+    with pytest.raises(ValueError, match="holds no Whisper encoder"):
+        hf.build_whisper_ct2(str(file))
 
 
 CONVOLUTIONS = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (20, 16), "num_feat_extract_layers": 2}

@@ -20,4 +20,5 @@ ENCODERS: dict[str, Build] = {
     "efficientnet_lite0": efficientnet.build,
     "vision": hf.build_vision,
     "speech": hf.build_speech,
+    "whisper_ct2": hf.build_whisper_ct2,
 }

@@ -3,6 +3,7 @@ wav2vec 2.0, HuBERT, WavLM). Weights come from safetensors alone; a folder's own
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
 
+from x2l.encoders import ctranslate2
 from x2l.llm import quiet
 from x2l.types import Features
 from x2l.weights import resolve
@@ -26,6 +28,19 @@ VISION_HALVES = {
     "blip_vision_model": transformers.BlipVisionModel,
     "blip_2_vision_model": transformers.Blip2VisionModel,
     "instructblip_vision_model": transformers.InstructBlipVisionModel,
+}
+
+# CTranslate2's names of Whisper's layers.
+CT2_NAMES = {
+    "self_attention/layer_norm": "self_attn_layer_norm",
+    "self_attention/linear_0": "self_attn/qkv",
+    "self_attention/linear_1": "self_attn/out_proj",
+    "ffn/layer_norm": "final_layer_norm",
+    "ffn/linear_0": "fc1",
+    "ffn/linear_1": "fc2",
+    "position_encodings/encodings": "embed_positions/weight",
+    "gamma": "weight",
+    "beta": "bias",
 }
 
 
@@ -214,6 +229,61 @@ def build_speech(
     raise ValueError(f"{weights}: {model.config.model_type} is no speech encoder that X2L knows (Whisper, wav2vec 2.0)")
 
 
+def build_whisper_ct2(
+    weights: str, sha256: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
+    """Whisper's encoder from a CTranslate2 ``model.bin`` in float16 or float32.
+
+    Args:
+        weights: spec of the file, joined from its parts where a package splits it.
+
+    Raises:
+        ValueError: no such file, or its weights are not those of a Whisper encoder.
+    """
+    variables = ctranslate2.read(resolve(weights, sha256))
+    try:
+        state = whisper_state(variables)
+        (width, num_mels, _), depth = state["conv1.weight"].shape, 1 + max(map(_layer_of, state))
+        config = transformers.WhisperConfig(
+            d_model=width,
+            num_mel_bins=num_mels,
+            encoder_layers=depth,
+            encoder_attention_heads=int(variables["encoder/num_heads"]),
+            encoder_ffn_dim=len(state["layers.0.fc1.weight"]),
+            max_source_positions=len(state["embed_positions.weight"]),
+        )
+        encoder = transformers.models.whisper.modeling_whisper.WhisperEncoder(config)
+        encoder.load_state_dict(state)
+        nn.Module.to(encoder, dtype)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{weights}: holds no Whisper encoder ({error})") from error
+    return WhisperEncoder(encoder), WhisperProcessor(transformers.WhisperFeatureExtractor(num_mels))
+
+
+def whisper_state(variables: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """CTranslate2's names and fused projections -> the state dict of ``transformers``' Whisper encoder."""
+    state: dict[str, Tensor] = {}
+    for name, array in variables.items():
+        if not name.startswith("encoder/") or not array.ndim:
+            continue
+        value = torch.from_numpy(np.array(array, np.float32))
+        name = re.sub(r"layer_(\d+)/", r"layers/\1/", name.removeprefix("encoder/"))
+        for old, new in CT2_NAMES.items():
+            name = name.replace(old, new)
+        name = name.replace("/", ".")
+        if ".qkv." in name:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[name.replace("qkv", f"{part}_proj")] = rows
+        else:
+            state[name] = value
+    # The key projection has no bias; CTranslate2 stores the fused one with zeros in its place.
+    return {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("layers.") else 0
+
+
 def receptive_field(config: Any) -> int:
     """Samples that one frame of a wav2vec-like convolution stack sees."""
     field = 1
@@ -242,9 +312,7 @@ def _checked(name: str, load: Callable[..., Any], folder: Path, **options: Any) 
 
 
 def _model(name: str, kind: Any, folder: Path, **options: Any) -> Any:
-    model, report = _checked(
-        name, kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **options
-    )
+    model, report = _checked(name, kind.from_pretrained, folder, use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))  # poolers are not used
     if missing:
         raise ValueError(f"{name}: {len(missing)} weights of {type(model).__name__} are not in it: {missing[:4]} ..")
