@@ -17,7 +17,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from x2l.eval import bootstrap, controls, metrics, records, tasks
 from x2l.eval.predict import predict, read_part
-from x2l.eval.report import report
+from x2l.eval.report import report, scoreboard
 from x2l.types import Part, Sample, user
 
 FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k"
@@ -65,6 +65,10 @@ class Looker:
         return answers
 
 
+def scores_of(hyps, refs):
+    return {name: bootstrap.score(stat) for name, stat in metrics.caption_stats(hyps, refs).items()}
+
+
 def test_scores_equal_the_toolkit():
     hyps = ["A dog runs on the grass .", "two men", "", "A child's red t-shirt!"]
     refs = [
@@ -75,12 +79,12 @@ def test_scores_equal_the_toolkit():
     ]
     gts = {i: [" ".join(metrics.caption_tokens(r)) for r in texts] for i, texts in enumerate(refs)}
     res = {i: [" ".join(metrics.caption_tokens(h))] for i, h in enumerate(hyps)}
-    ours = metrics.caption_scores(hyps, refs)
+    ours = scores_of(hyps, refs)
     bleu = Bleu(4).compute_score(gts, res, verbose=0)[0]
     np.testing.assert_allclose([ours[f"BLEU-{n}"].value for n in (1, 2, 3, 4)], 100 * np.array(bleu), rtol=1e-12)
     assert ours["CIDEr"].value == pytest.approx(Cider().compute_score(gts, res)[0], rel=1e-12)
     assert all(s.low <= s.value <= s.high for s in ours.values())
-    assert metrics.caption_scores([None, *hyps[1:]], refs) == metrics.caption_scores(["", *hyps[1:]], refs)
+    assert scores_of([None, *hyps[1:]], refs) == scores_of(["", *hyps[1:]], refs)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_our_tokens_score_like_the_ptb_tokeniser():
         names = [name for name in tar.getnames() if name.endswith(".json")][:200]
         captions = [json.load(tar.extractfile(name))["en"] for name in names]
     hyps, refs = [texts[0] for texts in captions], [texts[1:] for texts in captions]
-    ours = metrics.caption_scores(hyps, refs)["BLEU-4"].value
+    ours = scores_of(hyps, refs)["BLEU-4"].value
     tokenise = PTBTokenizer().tokenize
     gts = tokenise({i: [{"caption": text} for text in texts] for i, texts in enumerate(refs)})
     res = tokenise({i: [{"caption": text}] for i, text in enumerate(hyps)})
@@ -121,9 +125,9 @@ def test_meteor():
 
 def test_bad_captions_are_refused():
     with pytest.raises(ValueError, match="no reference"):
-        metrics.caption_scores(["a"], [["..."]])
+        metrics.caption_stats(["a"], [["..."]])
     with pytest.raises(ValueError, match="got 1 and 2"):
-        metrics.caption_scores(["a"], [["a"], ["b"]])
+        metrics.caption_stats(["a"], [["a"], ["b"]])
 
 
 def test_bootstrap_seed_and_clusters():
@@ -131,7 +135,7 @@ def test_bootstrap_seed_and_clusters():
     rng = np.random.default_rng(1)
     images = np.repeat(np.arange(30), 3)
     values = rng.normal(size=30)[images] + 0.1 * rng.normal(size=90)
-    stats = np.stack([values, np.ones(90)], 1)
+    stats = bootstrap.mean_of(values)
     naive = bootstrap.score(stats, seed=3)
     clustered = bootstrap.score(stats, clusters=images.tolist(), seed=3)
     assert clustered == bootstrap.score(stats, clusters=images.tolist(), seed=3)
@@ -143,8 +147,8 @@ def test_bootstrap_seed_and_clusters():
 
 def test_paired_difference():
     rng = np.random.default_rng(2)
-    a = np.stack([rng.normal(size=200), np.ones(200)], 1)
-    b = a - [0.1, 0]
+    values = rng.normal(size=200)
+    a, b = bootstrap.mean_of(values), bootstrap.mean_of(values - 0.1)
     difference, p = bootstrap.paired_difference(a, b)
     assert difference.value == pytest.approx(0.1)
     assert difference.low == pytest.approx(0.1)
@@ -245,11 +249,54 @@ def test_report_is_one_offline_page(tmp_path):
         for control in (None, "wrong-image")
     ]
     page = report(runs, tmp_path / "report.html", num_cards=4).read_text()
-    assert page.count("class=card>") == 4
-    assert page.count("data:image/jpeg;base64,") == 4
+    assert page.count("class=card>") == 4 + 1  # drawn, and the worst
+    assert page.count("data:image/jpeg;base64,") == 5
+    assert page.count("data:image/png;base64,") == 1
     assert "Describe &lt;b&gt;the&lt;/b&gt; photo." in page
     assert "control: wrong-image" in page
     assert "Google NIC" in page
     assert "http" not in page
     with pytest.raises(ValueError, match="only control runs"):
         report(runs[1:], tmp_path / "report.html")
+
+
+class Blind:
+    """A stub that never looks."""
+
+    def generate_text(self, samples: list[Sample], **decode) -> list[str]:
+        return ["a dog number 3 runs on grass"] * len(samples)
+
+
+def test_a_task_solved_blind_is_found_out(tmp_path):
+    """A swapped image must change the scores of a model that looks, and cannot change those of one that does not."""
+    samples = photo_samples(20)
+    looks, blind = [
+        [
+            predict(stub, samples, tmp_path / f"{i}{control}", task="caption", model_info=INFO, control=control)
+            for control in (None, "wrong-image")
+        ]
+        for i, stub in enumerate((Looker(), Blind()))
+    ]
+    assert not tasks.solved_blind(*map(tasks.score, looks))
+    assert "BLEU-4" in tasks.solved_blind(*map(tasks.score, blind))
+    assert "Not earned by looking" in report(blind, tmp_path / "page.html").read_text()
+    difference = tasks.compare(*looks)["BLEU-4"]
+    assert difference["low"] > 0
+    assert difference["p"] < 0.01
+    assert tasks.compare(*blind)["BLEU-4"]["p"] == 1
+    other = predict(Blind(), samples[:3], tmp_path / "few", task="caption", model_info=INFO)
+    with pytest.raises(ValueError, match="compare like with like"):
+        tasks.compare(looks[0], other)
+
+
+def test_the_name_of_a_published_set_is_refused_for_a_part(tmp_path):
+    run = predict(Blind(), photo_samples(3), tmp_path, task="caption", model_info=INFO, dataset="Flickr8k test")
+    with pytest.raises(ValueError, match="means 1000 samples"):
+        tasks.score(run)
+
+
+def test_scoreboard(tmp_path):
+    run = predict(Looker(), photo_samples(3), tmp_path, task="caption", model_info=INFO, dataset="three photos")
+    lines = scoreboard([run]).splitlines()
+    assert lines[0].startswith("| three photos | n | coverage | BLEU-1 |")
+    assert lines[2].startswith("| this model | 3 | 1.000 | 100.0 [100.0, 100.0] |")

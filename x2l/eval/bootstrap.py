@@ -22,15 +22,27 @@ class Score(NamedTuple):
     high: float
 
 
+class Stat(NamedTuple):
+    """What a score is made of: the additive counts of each sample, and the function of their sums."""
+
+    rows: np.ndarray  # (N, K)
+    statistic: Statistic
+
+
 def mean(sums: np.ndarray) -> np.ndarray:
     """The statistic of (total, count) columns: total / count; NaN where the count is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[..., 0] / sums[..., 1]
 
 
+def mean_of(values: Sequence[float] | np.ndarray) -> Stat:
+    """The mean of one value a sample."""
+    column = np.asarray(values, dtype=np.float64)
+    return Stat(np.stack([column, np.ones_like(column)], 1), mean)
+
+
 def score(
-    stats: np.ndarray,
-    statistic: Statistic = mean,
+    stat: Stat,
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
     draws: int = 1000,
@@ -39,24 +51,22 @@ def score(
     """The statistic of all samples with its percentile bootstrap interval.
 
     Args:
-        stats: (N, K), the additive statistics of each sample.
-        statistic: maps summed statistics (..., K) to values (...).
+        stat: the counts of N samples and the function of their sums.
         clusters: N labels; samples with one label are drawn together. None: each sample is its own cluster.
         seed, draws, level: the resampling; the same seed gives the same interval.
 
     Raises:
         ValueError: no samples, or not one cluster label for each sample.
     """
-    sums = _sum_by_cluster(stats, clusters)
-    resampled = statistic(_counts(len(sums), seed, draws) @ sums)
+    sums = _sum_by_cluster(stat.rows, clusters)
+    resampled = stat.statistic(_counts(len(sums), seed, draws) @ sums)
     low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Score(float(statistic(sums.sum(0))), float(low), float(high))
+    return Score(float(stat.statistic(sums.sum(0))), float(low), float(high))
 
 
 def paired_difference(
-    stats_a: np.ndarray,
-    stats_b: np.ndarray,
-    statistic: Statistic = mean,
+    a: Stat,
+    b: Stat,
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
     draws: int = 1000,
@@ -66,14 +76,14 @@ def paired_difference(
 
     Both systems are resampled together (Koehn, 2004), so the noise that they share cancels.
     """
-    if len(stats_a) != len(stats_b):
-        raise ValueError(f"a paired test needs the same samples, got {len(stats_a)} and {len(stats_b)}")
-    sums_a, sums_b = _sum_by_cluster(stats_a, clusters), _sum_by_cluster(stats_b, clusters)
+    if len(a.rows) != len(b.rows):
+        raise ValueError(f"a paired test needs the same samples, got {len(a.rows)} and {len(b.rows)}")
+    sums_a, sums_b = _sum_by_cluster(a.rows, clusters), _sum_by_cluster(b.rows, clusters)
     counts = _counts(len(sums_a), seed, draws)
-    resampled = statistic(counts @ sums_a) - statistic(counts @ sums_b)
+    resampled = a.statistic(counts @ sums_a) - b.statistic(counts @ sums_b)
     low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    value = float(statistic(sums_a.sum(0)) - statistic(sums_b.sum(0)))
+    value = float(a.statistic(sums_a.sum(0)) - b.statistic(sums_b.sum(0)))
     return Score(value, float(low), float(high)), float(min(1.0, 2 * (tail + 1) / (draws + 1)))
 
 

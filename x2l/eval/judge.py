@@ -201,11 +201,6 @@ def score(out_dir: str | Path, seed: int = 0) -> Row:
     return summary
 
 
-def exit_code(summary: Row, min_coverage: float = llava_bench.MIN_COVERAGE) -> int:
-    """0, or 3 where too many results are missing or unreadable to stand behind the number."""
-    return 0 if summary["coverage"] >= min_coverage else 3
-
-
 def _translations(answers: Mapping[int, str], translate: Callable[[str], str] | None, path: Path) -> Mapping[int, str]:
     """Each answer translated once; stored, so that a resumed run does not translate again."""
     if translate is None:
@@ -214,9 +209,7 @@ def _translations(answers: Mapping[int, str], translate: Callable[[str], str] | 
     for text in answers.values():
         if records.sha256(text) not in known:
             known[records.sha256(text)] = translate(text)
-            records.append(
-                path, [{"sha256": records.sha256(text), "text": text, "translated": known[records.sha256(text)]}]
-            )
+            records.append(path, [{"sha256": records.sha256(text), "text": text, "translated": known[records.sha256(text)]}])
     return {question_id: known[records.sha256(text)] for question_id, text in answers.items()}
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from x2l.eval import bootstrap
 from x2l.eval.metrics import relative_score
 
 CATEGORIES = ("conv", "detail", "complex")
@@ -202,7 +203,8 @@ def _original_mean(rows: Sequence[tuple[str, str, float, float]], seed: int) -> 
 
 def _interval(rows: Sequence[tuple[str, str, float, float]], seed: int) -> Row:
     images = [row[1] for row in rows]
-    value = relative_score([row[3] for row in rows], [row[2] for row in rows], images, seed)
+    stat = relative_score([row[3] for row in rows], [row[2] for row in rows])
+    value = bootstrap.score(stat, images, seed)
     return {**value._asdict(), "n": len(rows)}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from x2l.eval.bootstrap import Score, mean, score
+from x2l.eval.bootstrap import Score, Stat, mean, mean_of
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
 _CAPTION_TOKEN = re.compile(rf"[{_HAN}]|[^\W{_HAN}_]+(?:-[^\W{_HAN}_]+)*")
@@ -33,16 +33,11 @@ def caption_tokens(text: str) -> list[str]:
     return _CAPTION_TOKEN.findall(text.lower())
 
 
-def caption_scores(
-    hypotheses: Sequence[str | None],
-    references: Sequence[Sequence[str]],
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> dict[str, Score]:
+def caption_stats(hypotheses: Sequence[str | None], references: Sequence[Sequence[str]]) -> dict[str, Stat]:
     """BLEU-1..4 and ROUGE-L in points of 100, CIDEr in the toolkit's unit (1.0 is what papers print as 100).
 
-    The scorers are pycocoevalcap's, on :func:`caption_tokens`; intervals resample images (``clusters``: the image of
-    each sample where several share one). CIDEr's document frequencies are those of all references given.
+    The scorers are pycocoevalcap's, on :func:`caption_tokens`. CIDEr's document frequencies are those of all
+    references given, so its value on a subset is not comparable with that on the whole.
 
     Raises:
         ValueError: no samples, or a sample without a reference.
@@ -54,11 +49,12 @@ def caption_scores(
     for i, texts in enumerate(refs):
         if not any(texts):
             raise ValueError(f"sample {i} has no reference caption: {list(references[i])!r}")
-    result = _bleu(hyps, refs, clusters, seed)
     gts, res = dict(enumerate(refs)), {i: [text] for i, text in enumerate(hyps)}
-    result["CIDEr"] = _mean(Cider().compute_score(gts, res)[1], clusters, seed)
-    result["ROUGE-L"] = _mean(100 * Rouge().compute_score(gts, res)[1], clusters, seed)
-    return result
+    return {
+        **_bleu(hyps, refs),
+        "CIDEr": mean_of(Cider().compute_score(gts, res)[1]),
+        "ROUGE-L": mean_of(100 * Rouge().compute_score(gts, res)[1]),
+    }
 
 
 def meteor(hypotheses: Sequence[str | None], references: Sequence[Sequence[str]]) -> float | None:
@@ -72,16 +68,18 @@ def meteor(hypotheses: Sequence[str | None], references: Sequence[Sequence[str]]
     return 100 * float(Meteor().compute_score(gts, res)[0])
 
 
-def _bleu(hyps: list[str], refs: list[list[str]], clusters: Sequence[Hashable] | None, seed: int) -> dict[str, Score]:
+def _bleu(hyps: list[str], refs: list[list[str]]) -> dict[str, Stat]:
     scorer = BleuScorer(n=4)
     for hyp, texts in zip(hyps, refs, strict=True):
         scorer += (hyp, texts)
-    rows = [
-        [*c["correct"], *c["guess"], c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1]]
-        for c in scorer.ctest
-    ]
-    stats = np.array(rows, dtype=np.float64)
-    return {f"BLEU-{n}": score(stats, partial(_bleu_of_sums, n=n), clusters, seed) for n in (1, 2, 3, 4)}
+    rows = np.array(
+        [
+            [*c["correct"], *c["guess"], c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1]]
+            for c in scorer.ctest
+        ],
+        dtype=np.float64,
+    )
+    return {f"BLEU-{n}": Stat(rows, partial(_bleu_of_sums, n=n)) for n in (1, 2, 3, 4)}
 
 
 def _bleu_of_sums(sums: np.ndarray, n: int) -> np.ndarray:
@@ -92,15 +90,9 @@ def _bleu_of_sums(sums: np.ndarray, n: int) -> np.ndarray:
     return 100 * precisions.prod(-1) ** (1 / n) * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def _mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None, seed: int) -> Score:
-    column = np.asarray(values, dtype=np.float64)
-    return score(np.stack([column, np.ones_like(column)], 1), mean, clusters, seed)
+class ErrorCounts(NamedTuple):
+    """Everything needed to judge an error rate."""
 
-
-class ErrorRate(NamedTuple):
-    """A corpus-pooled error rate in percent: 100 (S + D + I) / N, and everything needed to judge it."""
-
-    rate: Score
     num_units: int  # N: words or characters of the references
     substitutions: int
     deletions: int
@@ -134,83 +126,92 @@ def error_counts(hypotheses: Sequence[str | None], references: Sequence[str], un
     return counts
 
 
-def error_of_sums(sums: np.ndarray) -> np.ndarray:
-    """The statistic of :func:`error_counts`: percent errors a reference unit."""
+def _error_of_sums(sums: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return 100 * sums[..., :3].sum(-1) / sums[..., 3]
 
 
-def error_rate(
-    hypotheses: Sequence[str | None],
-    references: Sequence[str],
-    unit: str = "word",
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> ErrorRate:
-    """WER (``word``), CER (``char``) or the mixed rate of normalised texts; None is a missing hypothesis.
+def error_rate(counts: np.ndarray) -> Stat:
+    """WER or CER in percent, pooled over the corpus: 100 (S + D + I) / N of :func:`error_counts`.
 
     Raises:
-        ValueError: no utterances, unequal counts, or references without a single unit.
+        ValueError: references without a single unit.
     """
-    counts = error_counts(hypotheses, references, unit)
-    total = counts.sum(0).astype(int)
-    if len(counts) and not total[3]:
-        raise ValueError(f"the {len(counts)} references hold no {unit} at all: check the normaliser")
-    return ErrorRate(
-        score(counts, error_of_sums, clusters, seed),
-        num_units=int(total[3]),
-        substitutions=int(total[0]),
-        deletions=int(total[1]),
-        insertions=int(total[2]),
+    if not counts[:, 3].sum():
+        raise ValueError(f"the {len(counts)} references hold no word or character at all: check the normaliser")
+    return Stat(counts, _error_of_sums)
+
+
+def summarise_errors(counts: np.ndarray, hypotheses: Sequence[str | None]) -> ErrorCounts:
+    """The totals of :func:`error_counts`, coverage, and the utterances above 100 %."""
+    substitutions, deletions, insertions, num_units = counts.sum(0).astype(int).tolist()
+    return ErrorCounts(
+        num_units,
+        substitutions,
+        deletions,
+        insertions,
         num_utterances=len(counts),
         coverage=sum(hyp is not None for hyp in hypotheses) / len(counts),
         num_above_100=int((counts[:, :3].sum(1) > counts[:, 3]).sum()),
     )
 
 
-# A published test set by name: (utterances, reference characters). A subset must not carry its name.
-TEST_SETS = {"AISHELL-2 test": (5000, 49527)}
+def overlap(train: Iterable[str], test: Sequence[str]) -> float:
+    """Share of (normalised) test texts that also occur in training: what was seen, not understood."""
+    seen = set(train)
+    return sum(text in seen for text in test) / len(test)
 
 
-def check_label(label: str, num_utterances: int, num_units: int) -> None:
+# Published test sets by name: (samples, reference characters; None: not counted). A part must not carry the name.
+TEST_SETS: dict[str, tuple[int, int | None]] = {"AISHELL-2 test": (5000, 49527), "Flickr8k test": (1000, None)}
+
+
+def check_label(label: str | None, num_samples: int, num_units: int | None = None) -> None:
     """Refuse the name of a published test set for anything that is not the whole of it.
 
     Raises:
         ValueError: the counts differ from the published ones.
     """
-    expected = TEST_SETS.get(label)
-    if expected is not None and (num_utterances, num_units) != expected:
-        raise ValueError(
-            f"{label!r} means {expected[0]} utterances and {expected[1]} characters, this run has {num_utterances} "
-            f"and {num_units}: give it another label"
-        )
+    samples, characters = TEST_SETS.get(label or "", (num_samples, None))
+    if num_samples != samples or (characters is not None and num_units != characters):
+        expected = f"{samples} samples" + (f" and {characters} characters" if characters is not None else "")
+        raise ValueError(f"{label!r} means {expected}, this run has {num_samples} and {num_units}: give it another name")
 
 
-def accuracy(
-    hypotheses: Sequence[str | None],
-    references: Sequence[Sequence[str]],
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> Score:
+def accuracy(hypotheses: Sequence[str | None], references: Sequence[Sequence[str]]) -> Stat:
     """Percent of hypotheses that equal one of their references; both sides are expected normalised."""
-    right = [100.0 * (hyp is not None and hyp in refs) for hyp, refs in zip(hypotheses, references, strict=True)]
-    return _mean(right, clusters, seed)
+    return mean_of([100.0 * (hyp is not None and hyp in refs) for hyp, refs in zip(hypotheses, references, strict=True)])
 
 
-def relative_score(
-    candidate: Sequence[float],
-    reference: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> Score:
+def yes_no(hypotheses: Sequence[str | None], references: Sequence[str]) -> dict[str, Stat]:
+    """POPE's scores in percent; "yes" is the positive class, an answer that is neither counts as wrong."""
+    pairs = [(hyp or "", ref) for hyp, ref in zip(hypotheses, references, strict=True)]
+    rows = np.array(
+        [[hyp == ref, hyp == ref == "yes", hyp == "yes", ref == "yes", hyp == "", 1] for hyp, ref in pairs], dtype=float
+    )
+
+    def share(above: int, below: int) -> Stat:
+        return Stat(rows, lambda sums: 100 * sums[..., above] / np.maximum(sums[..., below], 1e-9))
+
+    f1 = Stat(rows, lambda sums: 200 * sums[..., 1] / np.maximum(sums[..., 2] + sums[..., 3], 1e-9))
+    return {
+        "accuracy": share(0, 5),
+        "precision": share(1, 2),
+        "recall": share(1, 3),
+        "F1": f1,
+        "says yes": share(2, 5),
+        "neither": share(4, 5),
+    }
+
+
+def relative_score(candidate: Sequence[float], reference: Sequence[float]) -> Stat:
     """LLaVA-Bench: 100 x mean judged score of the candidate / mean judged score of the reference answer."""
-    stats = np.stack([100 * np.asarray(candidate, float), np.asarray(reference, float)], 1)
-    return score(stats, mean, clusters, seed)
+    return Stat(np.stack([100 * np.asarray(candidate, float), np.asarray(reference, float)], 1), mean)
 
 
 def to_json(value: Any) -> Any:
-    """Scores and error rates as plain dictionaries, for JSON."""
-    if isinstance(value, (Score, ErrorRate)):
+    """Scores and counts as plain dictionaries, for JSON."""
+    if isinstance(value, (Score, ErrorCounts)):
         return {name: to_json(item) for name, item in value._asdict().items()}
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}

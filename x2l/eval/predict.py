@@ -72,6 +72,7 @@ def predict(
     *,
     task: str,
     model_info: dict[str, Any],
+    dataset: str | None = None,
     decode: dict[str, Any] | None = None,
     control: str | None = None,
     seed: int = 0,
@@ -88,6 +89,7 @@ def predict(
     Args:
         task: a name of :data:`x2l.eval.tasks.TASKS`.
         model_info: what identifies the model: at least ``checkpoint`` (manifest hash), ``device`` and ``dtype``.
+        dataset: the name of the set; a published name is refused by the scorer unless the set is whole.
         decode: keyword arguments of ``generate_text``; ``seed`` is recorded beside them and seeds the controls.
         control: one of :data:`x2l.eval.controls.CONTROLS`, or None for the samples as they are.
         limit: the first so many samples.
@@ -104,7 +106,7 @@ def predict(
     normalise = find(task).normalise
     pairs = _questions(samples[:limit])
     asked = _controlled([sample for sample, _ in pairs], control, seed, read)
-    identity = {"task": task, "control": control, "seed": seed, "decode": decode, "model": model_info}
+    identity = {"task": task, "dataset": dataset, "control": control, "seed": seed, "decode": decode, "model": model_info}
     plan = [
         {**_request(sample, identity, read, render), "references": references, "cluster": _cluster(original, read)}
         for sample, (original, references) in zip(asked, pairs, strict=True)

@@ -6,6 +6,7 @@ The page opens offline: pictures are data URIs, nothing is fetched, and model ou
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from x2l.eval import records
-from x2l.eval.tasks import results, stored_score
+from x2l.eval.tasks import LOWER_IS_BETTER, per_sample, results, solved_blind, stored_score
 
 # Rows of others to stand beside, by task. Figures as printed in the papers, on the full test sets.
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
@@ -37,25 +38,34 @@ grid-template-columns:repeat(auto-fill,minmax(19rem,1fr))}
 """
 
 
-def report(run_dirs: Sequence[str | Path], out: str | Path, num_cards: int = 24, seed: int = 0) -> Path:
-    """Write the page about ``run_dirs``: a section for each task, its control runs beside the plain one.
-
-    The cards are drawn by ``seed``, not picked; the same ids are shown for the controls.
+def group(run_dirs: Sequence[str | Path]) -> dict[str, dict[str, Path]]:
+    """Runs by task and data set, then by control ("" for none).
 
     Raises:
-        ValueError: no runs, two runs of one task and control, or a task without its plain run.
+        ValueError: no runs, or two of one task, data set and control.
     """
     tasks: dict[str, dict[str, Path]] = {}
     for run_dir in map(Path, run_dirs):
         manifest = records.read_json(run_dir / "run.json")
-        runs = tasks.setdefault(manifest["task"], {})
+        runs = tasks.setdefault(" ".join(filter(None, (manifest["task"], manifest["dataset"]))), {})
         control = manifest["control"] or ""
         if control in runs:
             raise ValueError(f"{run_dir} and {runs[control]} are the same task and control: report them apart")
         runs[control] = run_dir
     if not tasks:
         raise ValueError("no runs to report: name at least one run directory")
-    body = "".join(_section(task, runs, num_cards, seed) for task, runs in tasks.items())
+    return tasks
+
+
+def report(run_dirs: Sequence[str | Path], out: str | Path, num_cards: int = 24, seed: int = 0) -> Path:
+    """Write the page about ``run_dirs``: a section for each task, its control runs beside the plain one.
+
+    The cards are drawn by ``seed``, not picked; the same ids are shown for the controls.
+
+    Raises:
+        ValueError: no runs, two runs of one task, data set and control, or a task without its plain run.
+    """
+    body = "".join(_section(task, runs, num_cards, seed) for task, runs in group(run_dirs).items())
     out = Path(out)
     out.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>X2L evaluation</title><style>{_STYLE}</style>"
@@ -68,44 +78,101 @@ def report(run_dirs: Sequence[str | Path], out: str | Path, num_cards: int = 24,
 def _section(task: str, runs: dict[str, Path], num_cards: int, seed: int) -> str:
     if "" not in runs:
         raise ValueError(f"task {task!r} has only control runs {sorted(runs)}: add the run without a control")
-    scored = {control: stored_score(run_dir) for control, run_dir in runs.items()}
+    scored = {control: stored_score(run_dir) for control, run_dir in sorted(runs.items())}
     rows = {control: {row["id"]: row for row in results(run_dir)} for control, run_dir in runs.items()}
     ids = list(rows[""])
-    drawn = np.random.default_rng(seed).permutation(len(ids))[:num_cards]
-    cards = "".join(_card(ids[i], rows, runs) for i in drawn)
+    drawn = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[:num_cards]]
+    name, values = per_sample(runs[""])
+    worst = [ids[i] for i in np.argsort(values if name in LOWER_IS_BETTER else -values)[::-1][: num_cards // 3]]
     manifest = json.dumps(records.read_json(runs[""] / "run.json"), ensure_ascii=False, indent=2)
     return (
-        f"<h2>{escape(task)}</h2>{_table(task, scored)}"
-        f"<h3>{len(drawn)} of {len(ids)} samples, drawn with seed {seed}</h3><div class=cards>{cards}</div>"
+        f"<h2>{escape(scored['']['dataset'] or task)}</h2>{_table(scored)}{_warning(scored)}"
+        f"{_plot(name, scored, values)}"
+        f"<h3>{len(drawn)} of {len(ids)} samples, drawn with seed {seed}</h3>{_cards(drawn, rows, runs)}"
+        f"<h3>The worst by {escape(name)}</h3>{_cards(worst, rows, runs)}"
         f"<details><summary>Run manifest</summary><pre>{escape(manifest)}</pre></details>"
     )
 
 
-def _table(task: str, scored: dict[str, dict[str, Any]]) -> str:
+def _table(scored: dict[str, dict[str, Any]]) -> str:
     """One row for each run and each published system, one column for each score."""
+    header, lines = _score_rows(scored)
+    cells = [_cells("th", header), *(_cells("td", line) for line in lines)]
+    for system, published in PUBLISHED.get(scored[""]["task"], {}).items():
+        values = (f"{published[name]:g}" if name in published else "" for name in header[3:])
+        cells.append(_cells("td", [system, "", "", *values]))
+    return f"<table>{''.join(cells)}</table><small>[..] = 95 % bootstrap interval, resampled by image</small>"
+
+
+def _score_rows(scored: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     names = list(scored[""]["scores"])
-    lines = [_cells("th", ["", "n", "coverage", *names])]
-    for control, result in sorted(scored.items()):
-        values = [format_score(result["scores"].get(name)) for name in names]
+    details = [name for name in scored[""]["details"] if name == "METEOR" or name.endswith(" counts")]
+    lines = []
+    for control, result in scored.items():
+        values = [format_score(name, result["scores"].get(name)) for name in names]
+        values += [format_score(name, result["details"].get(name)) for name in details]
         label = f"control: {control}" if control else "this model"
-        lines.append(_cells("td", [label, str(result["num_samples"]), f"{result['coverage']:.3f}", *values]))
-    for system, published in PUBLISHED.get(task, {}).items():
-        lines.append(_cells("td", [system, "", "", *(f"{published[n]:g}" if n in published else "" for n in names)]))
-    return f"<table>{''.join(lines)}</table><small>[..] = 95 % bootstrap interval, resampled by image</small>"
+        lines.append([label, str(result["num_samples"]), f"{result['coverage']:.3f}", *values])
+    return ["", "n", "coverage", *names, *details], lines
 
 
-def format_score(value: Any) -> str:
+def scoreboard(run_dirs: Sequence[str | Path]) -> str:
+    """The scores of runs as Markdown tables, one for each task: for a terminal or a README."""
+    tables = []
+    for task, runs in group(run_dirs).items():
+        scored = {control: stored_score(run_dir) for control, run_dir in sorted(runs.items())}
+        scored = {"": scored.get("") or next(iter(scored.values())), **scored}
+        header, lines = _score_rows(scored)
+        rows = [[scored[""]["dataset"] or task, *header[1:]], ["---"] * len(header), *lines]
+        tables.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(tables)
+
+
+def format_score(name: str, value: Any) -> str:
     """``21.3 [20.1, 22.4]``, or the bare number, or a dash where a score could not be computed."""
+    digits = 3 if name == "CIDEr" else 1
     if value is None:
         return "–"
-    if isinstance(value, dict) and "low" in value:
-        digits = 3 if abs(value["high"]) < 10 else 1
+    if "num_units" in (value if isinstance(value, dict) else ()):
+        counts = "N {num_units}, S {substitutions}, D {deletions}, I {insertions}, {num_above_100} above 100 %"
+        return counts.format(**value)
+    if isinstance(value, dict):
         return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}f}"
+
+
+def _warning(scored: dict[str, dict[str, Any]]) -> str:
+    blind = {control: solved_blind(scored[""], result) for control, result in scored.items() if control}
+    lines = [f"{control} reaches the plain run's interval in {', '.join(names)}" for control, names in blind.items() if names]
+    return "".join(f"<p class=control>Not earned by looking: {escape(line)}.</p>" for line in lines)
+
+
+def _plot(name: str, scored: dict[str, dict[str, Any]], values: np.ndarray) -> str:
+    """The first score of each run with its interval, and how that score spreads over samples."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 2.4), layout="constrained")
+    bars = [result["scores"][name] for result in scored.values()]
+    errors = [[b["value"] - b["low"] for b in bars], [b["high"] - b["value"] for b in bars]]
+    left.barh([control or "this model" for control in scored], [b["value"] for b in bars], xerr=errors, color="#69c")
+    left.set_xlabel(f"{name}, 95 % interval")
+    right.hist(values[np.isfinite(values)], bins=30, color="#69c")
+    right.set(xlabel=f"{name} of a sample", ylabel="samples")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return f"<p>{_image('png', buffer.getvalue())}</p>"
 
 
 def _cells(tag: str, values: Iterable[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values) + "</tr>"
+
+
+def _cards(ids: list[str], rows: dict[str, dict[str, dict[str, Any]]], runs: dict[str, Path]) -> str:
+    return f"<div class=cards>{''.join(_card(i, rows, runs) for i in ids)}</div>"
 
 
 def _card(sample_id: str, rows: dict[str, dict[str, dict[str, Any]]], runs: dict[str, Path]) -> str:
@@ -127,6 +194,8 @@ def _line(kind: str, text: str | None, label: str = "") -> str:
 
 def _picture(run_dir: Path, sha256: str) -> str:
     path = run_dir / "media" / f"{sha256}.jpg"
-    if not path.exists():
-        return ""
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    return _image("jpeg", path.read_bytes()) if path.exists() else ""
+
+
+def _image(kind: str, content: bytes) -> str:
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'

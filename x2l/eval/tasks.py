@@ -1,4 +1,4 @@
-"""Tasks: how the raw output of each becomes a score. Scoring reads stored records alone, so it needs no model."""
+"""Tasks: how the raw output of each becomes scores. Scoring reads stored records alone, so it needs no model."""
 
 from __future__ import annotations
 
@@ -6,31 +6,103 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from x2l.eval import metrics, records
+import numpy as np
+
+from x2l.eval import bootstrap, metrics, normalize, pope, records
+from x2l.eval.bootstrap import Stat
 
 Row = dict[str, Any]
 Hypotheses = Sequence[str | None]
+LOWER_IS_BETTER = ("WER", "CER")
+FIRST_SCORE = {"caption": "CIDEr"}  # by which samples are ranked; elsewhere the first one of the task
 
 
 class Task(NamedTuple):
-    """``normalise(raw, meta)`` gives the text that is stored beside the raw output and scored; None is never passed."""
+    """How a task is read and scored.
+
+    ``normalise(raw, meta)`` gives the text that is stored beside the raw output and scored. ``stats`` gives what each
+    score is made of, a row for every sample; ``details`` what has no interval. A missing hypothesis is None.
+    """
 
     normalise: Callable[[str, Row], str]
-    score: Callable[[Hypotheses, Sequence[Row]], Row]
+    stats: Callable[[Hypotheses, Sequence[Row]], dict[str, Stat]]
+    details: Callable[[Hypotheses, Sequence[Row]], Row] = lambda hypotheses, rows: {}
 
 
 def _caption_text(raw: str, meta: Row) -> str:
     return " ".join(metrics.caption_tokens(raw))
 
 
-def _caption(hypotheses: Hypotheses, rows: Sequence[Row]) -> Row:
-    references = [row["references"] for row in rows]
-    scores: Row = dict(metrics.caption_scores(hypotheses, references, [row["cluster"] for row in rows]))
-    scores["METEOR"] = metrics.meteor(hypotheses, references)
-    return scores
+def _caption_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
+    return metrics.caption_stats(hypotheses, [row["references"] for row in rows])
 
 
-TASKS: dict[str, Task] = {"caption": Task(_caption_text, _caption)}
+def _caption_details(hypotheses: Hypotheses, rows: Sequence[Row]) -> Row:
+    return {"METEOR": metrics.meteor(hypotheses, [row["references"] for row in rows])}
+
+
+def _normaliser(meta: Row) -> normalize.Normalizer:
+    return normalize.preset(meta.get("normalizer") or meta.get("lang", "en"))
+
+
+def _spoken_text(raw: str, meta: Row) -> str:
+    return _normaliser(meta)(raw)
+
+
+UNITS = {"en": ("WER", "word"), "zh": ("CER", "char")}  # rates in different units are never pooled
+
+
+def _error_counts(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Rate name -> (indices of the rows in its language, their counts)."""
+    found = {}
+    for lang, (name, unit) in UNITS.items():
+        index = [i for i, row in enumerate(rows) if row["meta"].get("lang", "en") == lang]
+        if index:
+            references = [_spoken_text(rows[i]["references"][0], rows[i]["meta"]) for i in index]
+            found[name] = (index, metrics.error_counts([hypotheses[i] for i in index], references, unit))
+    return found
+
+
+def _asr_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
+    stats = {}
+    for name, (index, counts) in _error_counts(hypotheses, rows).items():
+        every = np.zeros((len(rows), 4))  # utterances in another language add nothing to this rate
+        every[index] = counts
+        stats[name] = metrics.error_rate(every)
+    return stats
+
+
+def _asr_details(hypotheses: Hypotheses, rows: Sequence[Row]) -> Row:
+    details: Row = {
+        f"{name} counts": metrics.summarise_errors(counts, [hypotheses[i] for i in index])
+        for name, (index, counts) in _error_counts(hypotheses, rows).items()
+    }
+    return details | {"normalisers": sorted({_normaliser(row["meta"]).name for row in rows})}
+
+
+def _short_answer(raw: str, meta: Row) -> str:
+    return " ".join(word for word in _spoken_text(raw, meta).split() if word not in ("a", "an", "the"))
+
+
+def _match_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
+    """Exact match, and whether a reference stands in the answer as whole words."""
+    references = [[_short_answer(text, row["meta"]) for text in row["references"]] for row in rows]
+    pairs = list(zip(hypotheses, references, strict=True))
+    contains = [100.0 * any(f" {ref} " in f" {hyp or ''} " for ref in refs) for hyp, refs in pairs]
+    return {"exact match": metrics.accuracy(hypotheses, references), "contains": bootstrap.mean_of(contains)}
+
+
+def _yes_no_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
+    return metrics.yes_no(hypotheses, [row["references"][0] for row in rows])
+
+
+TASKS: dict[str, Task] = {
+    "caption": Task(_caption_text, _caption_stats, _caption_details),
+    "asr": Task(_spoken_text, _asr_stats, _asr_details),
+    "qa": Task(_short_answer, _match_stats),
+    "sound": Task(_short_answer, _match_stats),
+    "pope": Task(lambda raw, meta: pope.read_answer(raw), _yes_no_stats),
+}
 
 
 def find(name: str) -> Task:
@@ -55,6 +127,37 @@ def results(run_dir: str | Path) -> list[Row]:
     return [{**row, **{k: answers.get(row["request_sha256"], empty)[k] for k in empty}} for row in plan]
 
 
+def score(run_dir: str | Path, seed: int = 0) -> Row:
+    """Score a run from its records, write ``scores.json`` beside them, and return it.
+
+    The result holds ``task``, ``control``, ``dataset``, ``num_samples``, ``coverage`` (share of samples with an answer;
+    the missing ones count as empty), ``scores`` with intervals and ``details``. Raw outputs are normalised anew, so a
+    better normaliser needs no new run.
+
+    Raises:
+        ValueError: no run there, or one that carries the name of a published test set without being all of it.
+    """
+    run_dir = Path(run_dir)
+    manifest, rows = records.read_json(run_dir / "run.json"), results(run_dir)
+    task, hypotheses = find(manifest["task"]), _hypotheses(manifest["task"], rows)
+    clusters = [row["cluster"] for row in rows]
+    details = task.details(hypotheses, rows)
+    counts = [value.num_units for value in details.values() if isinstance(value, metrics.ErrorCounts)]
+    metrics.check_label(manifest["dataset"], len(rows), sum(counts) if counts else None)
+    result = {
+        **{key: manifest[key] for key in ("task", "control", "dataset")},
+        "num_samples": len(rows),
+        "coverage": sum(text is not None for text in hypotheses) / len(rows),
+        "scores": {
+            name: metrics.to_json(bootstrap.score(stat, clusters, seed)) for name, stat in task.stats(hypotheses, rows).items()
+        },
+        "details": metrics.to_json(details),
+        "records_sha256": _records_sha256(run_dir),
+    }
+    records.write_json(run_dir / "scores.json", result)
+    return result
+
+
 def stored_score(run_dir: str | Path) -> Row:
     """``scores.json`` if it was made from the records as they are now, else a new :func:`score`."""
     path = Path(run_dir) / "scores.json"
@@ -65,28 +168,54 @@ def stored_score(run_dir: str | Path) -> Row:
     return score(run_dir)
 
 
+def per_sample(run_dir: str | Path) -> tuple[str, np.ndarray]:
+    """The name of the task's first score, and that score for each sample alone (NaN where it has none)."""
+    rows = results(run_dir)
+    name = records.read_json(Path(run_dir) / "run.json")["task"]
+    stats = find(name).stats(_hypotheses(name, rows), rows)
+    first = FIRST_SCORE.get(name) or next(iter(stats))
+    return first, stats[first].statistic(stats[first].rows)
+
+
+def compare(run_a: str | Path, run_b: str | Path, seed: int = 0) -> dict[str, Row]:
+    """Paired differences a - b of every score on the samples that both runs answered or missed, with p-values.
+
+    Raises:
+        ValueError: two tasks, or two sets of samples.
+    """
+    names = [records.read_json(Path(run) / "run.json")["task"] for run in (run_a, run_b)]
+    rows_a, by_id = results(run_a), {row["id"]: row for row in results(run_b)}
+    if len(set(names)) > 1 or {row["id"] for row in rows_a} != by_id.keys():
+        raise ValueError(f"{run_a} and {run_b} differ in task or samples ({names[0]}, {names[1]}): compare like with like")
+    rows_b = [by_id[row["id"]] for row in rows_a]
+    stats_a, stats_b = [find(names[0]).stats(_hypotheses(names[0], rows), rows) for rows in (rows_a, rows_b)]
+    clusters = [row["cluster"] for row in rows_a]
+    compared = {}
+    for name, stat in stats_a.items():
+        difference, p_value = bootstrap.paired_difference(stat, stats_b[name], clusters, seed)
+        compared[name] = {**difference._asdict(), "p": p_value}
+    return compared
+
+
+def solved_blind(plain: Row, control: Row) -> list[str]:
+    """The scores that a control run reaches to within the interval of the plain run: not earned by looking."""
+    blind = []
+    for name, value in plain["scores"].items():
+        other = control["scores"][name]["value"]
+        if other <= value["high"] if name in LOWER_IS_BETTER else other >= value["low"]:
+            blind.append(name)
+    return blind
+
+
+def exit_code(result: Row, min_coverage: float = 1.0) -> int:
+    """0, or 3 where too many answers are missing to stand behind the number (a strict run allows none)."""
+    return 0 if result["coverage"] >= min_coverage else 3
+
+
+def _hypotheses(task: str, rows: Sequence[Row]) -> list[str | None]:
+    normalise = find(task).normalise
+    return [None if row["raw"] is None else normalise(row["raw"], row["meta"]) for row in rows]
+
+
 def _records_sha256(run_dir: Path) -> str:
     return records.sha256([records.read(run_dir / name) for name in ("task.jsonl", "records.jsonl")])
-
-
-def score(run_dir: str | Path) -> Row:
-    """Score a run from its records, write ``scores.json`` beside them, and return it.
-
-    The result holds ``task``, ``control``, ``num_samples``, ``coverage`` (share of samples with an answer; the missing
-    ones count as empty) and ``scores``. Raw outputs are normalised anew, so a better normaliser needs no new run.
-    """
-    run_dir = Path(run_dir)
-    manifest, rows = records.read_json(run_dir / "run.json"), results(run_dir)
-    task = find(manifest["task"])
-    hypotheses = [None if row["raw"] is None else task.normalise(row["raw"], row["meta"]) for row in rows]
-    answered = sum(text is not None for text in hypotheses)
-    result = {
-        "task": manifest["task"],
-        "control": manifest["control"],
-        "num_samples": len(rows),
-        "coverage": answered / len(rows),
-        "scores": metrics.to_json(task.score(hypotheses, rows)),
-        "records_sha256": _records_sha256(run_dir),
-    }
-    records.write_json(run_dir / "scores.json", result)
-    return result

@@ -1,0 +1,82 @@
+"""Evaluation questions from raw records: one fixed instruction a task, all references together, stable ids."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+from x2l.data.prompts import instructions
+from x2l.data.sources import Record
+from x2l.data.tasks import HAN, media_part
+from x2l.eval import pope as yes_no
+from x2l.types import Sample, user
+
+
+def caption(records: Iterable[Record], lang: str = "en", instruction: str | None = None) -> list[Sample]:
+    """One question an image, all captions of ``record.fields[lang]`` as references."""
+    text = instruction or instructions("caption", lang)[0]
+    return [
+        Sample(
+            f"{record.key}/caption-{lang}",
+            (user(media_part(record, "image"), text),),
+            {"lang": lang, "references": list(record.fields[lang])},
+        )
+        for record in records
+    ]
+
+
+def asr(records: Iterable[Record], instruction: str | None = None, cluster: str | None = None) -> list[Sample]:
+    """One transcription an utterance; ``cluster`` names the field (speaker) whose utterances are resampled together."""
+    samples = []
+    for record in records:
+        text = record.fields["text"]
+        lang = record.fields.get("lang") or ("zh" if HAN.search(text) else "en")
+        meta = {"lang": lang, "references": [text]}
+        if cluster is not None:
+            meta["cluster"] = record.fields[cluster]
+        question = instruction or instructions("asr", lang)[0]
+        samples.append(Sample(f"{record.key}/asr", (user(media_part(record, "speech"), question),), meta))
+    return samples
+
+
+def sound(
+    records: Iterable[Record], lang: str = "en", instruction: str = "What do you hear? Answer with one of: {classes}."
+) -> list[Sample]:
+    """Audio events: which of the classes that occur in the set is heard; the choices stand in the question."""
+    records = list(records)
+    classes = sorted({record.fields[lang] for record in records})
+    text = instruction.format(classes=", ".join(classes))
+    return [
+        Sample(
+            f"{record.key}/sound-{lang}",
+            (user(media_part(record, "audio"), text),),
+            {"lang": lang, "references": [record.fields[lang]]},
+        )
+        for record in records
+    ]
+
+
+def pope(records: Iterable[Record], per_image: int = 2, seed: int = 0) -> list[Sample]:
+    """Yes/no questions about objects that the English captions name, or do not."""
+    records = list(records)
+    asked = yes_no.ask([record.fields["en"] for record in records], per_image, seed)
+    return [
+        Sample(
+            f"{record.key}/pope-{i}",
+            (user(media_part(record, "image"), f"{question} Answer yes or no."),),
+            {"lang": "en", "references": [answer]},
+        )
+        for record, questions in zip(records, asked, strict=True)
+        for i, (question, answer) in enumerate(questions)
+    ]
+
+
+QUESTIONS: dict[str, Callable[..., list[Sample]]] = {"caption": caption, "asr": asr, "sound": sound, "pope": pope}
+
+
+def draw(samples: list[Sample], num: int, seed: int = 0) -> list[Sample]:
+    """A random subset in the original order: what a quick look should use instead of the first rows."""
+    if num >= len(samples):
+        return samples
+    chosen = sorted(random.Random(seed).sample(range(len(samples)), num))
+    return [samples[i] for i in chosen]
