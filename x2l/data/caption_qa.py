@@ -10,7 +10,7 @@ contradicts. Precision comes first: a photo that yields nothing is common. The r
 - wearing: two captions dress the only person in the same garment.
 - holding, riding: two captions give the verb the same object.
 - where, setting: two captions name the place with a preposition; words for indoors and outdoors do not meet.
-- presence: "yes" when two captions name the thing; "no" when none names it or anything near it; half of each, thing by thing.
+- presence: "yes" when two captions name the thing; "no" when none names it or comes near it; half of each, thing by thing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from x2l.data import caption_words as words
-from x2l.data.caption_scene import PRONOUN, TOKEN, Mention, Scene
+from x2l.data.caption_scene import ACTORS, PRONOUN, TOKEN, Mention, Scene
 from x2l.data.prompts import phrasings
 
 
@@ -208,11 +208,18 @@ def presence(scene: Scene, rng: random.Random) -> Iterator[Fact]:
     if rng.random() < 0.5:
         thing, phrasing = rng.choice(present), "yes"
     else:
-        absent = [thing for thing, (_, near) in PRESENCE.items() if not scene.support(near)]
+        absent = _absent(scene)
         if not absent:
             return
         thing, phrasing = rng.choices(absent, [words.PRESENCE[thing][3] for thing in absent])[0], "no"
     yield Fact(phrasing, {"thing": words.PRESENCE[thing][0], "bare": thing})
+
+
+def _absent(scene: Scene) -> list[str]:
+    """Things that no caption comes near; people only where nearly every caption names an actor that the lists know."""
+    known = sum(any(m.thing in ACTORS for m in found) for found in scene.mentions) >= len(scene.captions) - 1
+    things = [thing for thing in PRESENCE if known or thing not in words.PEOPLE]
+    return [thing for thing in things if not scene.support(PRESENCE[thing][1])]
 
 
 RULES: dict[str, Callable[[Scene, random.Random], Iterator[Fact]]] = {
