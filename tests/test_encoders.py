@@ -13,6 +13,8 @@ from PIL import Image
 from torch import nn
 
 from x2l.encoders import ENCODERS, hf
+from x2l.encoders.onnx import OnnxEncoder
+from x2l.encoders.preprocess import ImageProcessor
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**SMALL, "image_size": 28, "patch_size": 14}
@@ -127,6 +129,129 @@ def test_missing_weights_are_refused_not_drawn_at_random(tmp_path: Path) -> None
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 weights of ViTModel are not in it"):
         hf.build_vision(str(tmp_path))
+
+
+def test_half_precision_weights_give_float32_features(tmp_path: Path, photos) -> None:
+    save_vision(vit, tmp_path)
+    encoder, process = hf.build_vision(str(tmp_path), dtype="bfloat16")
+    assert next(encoder.parameters()).dtype is torch.bfloat16
+    assert encoder(**process(photos)).x.dtype is torch.float32
+    with pytest.raises(ValueError, match="dtype='fp8'"):
+        hf.build_vision(str(tmp_path), dtype="fp8")
+
+
+# ---------------------------------------------------------------- EfficientNet-lite0
+
+
+@pytest.fixture(scope="module")
+def efficientnet_weights(tmp_path_factory) -> str:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("efficientnet") / "lite0.pth"
+    torch.save(EfficientNet.from_name("efficientnet-lite0").state_dict(), path)
+    return str(path)
+
+
+def test_efficientnet_reads_its_grid_row_by_row(efficientnet_weights: str, photos) -> None:
+    encoder, process = ENCODERS["efficientnet_lite0"](weights=efficientnet_weights, sha256=None)
+    inputs = process(photos)
+    with torch.inference_mode():
+        features = encoder.eval()(**inputs)
+        grid = encoder.network.extract_features(inputs["pixel_values"])
+    assert features.x.shape == (2, 49, 1280)
+    assert features.lengths.tolist() == [49, 49]
+    torch.testing.assert_close(features.x[1, 2 * 7 + 3], grid[1, :, 2, 3])
+
+
+def test_efficientnet_preprocessing_by_hand(efficientnet_weights: str, photos) -> None:
+    _, process = ENCODERS["efficientnet_lite0"](weights=efficientnet_weights, sha256=None)
+    pixels = np.asarray(photos[0].resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float64)
+    expected = (pixels / 255 - 0.498) / 0.502
+    got = process(photos)["pixel_values"][0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_other_weights_are_no_efficientnet(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="is no EfficientNet-lite0"):
+        ENCODERS["efficientnet_lite0"](weights=str(tmp_path / "w.pth"), sha256=None)
+
+
+def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.write_text, ("x",))
+
+    torch.save({"weight": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth"):
+        ENCODERS["efficientnet_lite0"](weights=str(tmp_path / "w.pth"), sha256=None)
+    assert not marker.exists()
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+def onnx_graph(path: Path, flat: bool, extra_input: bool = False) -> np.ndarray:
+    """A graph of one 14 x 14 convolution with stride 14; its kernel is returned."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    kernel = np.random.default_rng(1).normal(size=(8, 3, 14, 14)).astype(np.float32)
+    nodes = [helper.make_node("Conv", ["pixels", "kernel"], ["grid"], strides=[14, 14])]
+    outputs = [helper.make_tensor_value_info("grid", TensorProto.FLOAT, ["n", 8, 2, 2])]
+    weights = [numpy_helper.from_array(kernel, "kernel")]
+    if flat:
+        weights.append(numpy_helper.from_array(np.array([0, 8, 4]), "shape"))
+        nodes.append(helper.make_node("Reshape", ["grid", "shape"], ["rows"]))
+        nodes.append(helper.make_node("Transpose", ["rows"], ["patches"], perm=[0, 2, 1]))
+        outputs.append(helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["n", 4, 8]))
+    inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, 28, 28])]
+    if extra_input:
+        inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["n"]))
+    graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return kernel
+
+
+@pytest.mark.parametrize(("flat", "output"), [(False, None), (True, "patches"), (True, None)])
+def test_onnx_encoder_equals_torch(flat: bool, output: str | None, tmp_path: Path, photos) -> None:
+    path = tmp_path / "encoder.onnx"
+    kernel = onnx_graph(path, flat)
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    encoder, process = ENCODERS["onnx"](weights=str(path), size=28, mean=mean, std=std, output=output)
+    inputs = process(photos)
+    features = encoder(**inputs)
+    expected = nn.functional.conv2d(inputs["pixel_values"], torch.from_numpy(kernel), stride=14)
+    torch.testing.assert_close(features.x, expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert encoder.width == 8
+    assert features.lengths.tolist() == [4, 4]
+
+
+def test_onnx_errors_name_what_the_graph_has(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.onnx"
+    onnx_graph(path, flat=True)
+    with pytest.raises(ValueError, match=r"no output 'tokens'; its outputs are \['grid', 'patches'\]"):
+        OnnxEncoder(path, output="tokens")
+    with pytest.raises(ValueError, match=r"has the inputs \['pixels'\]"):
+        OnnxEncoder(path, input="image")
+    onnx_graph(path, flat=True, extra_input=True)
+    with pytest.raises(ValueError, match=r"\['pixels', 'mask'\]"):
+        OnnxEncoder(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="onnxruntime cannot load it"):
+        OnnxEncoder(path)
+
+
+@pytest.mark.parametrize("kind", [clip, dinov2], ids=lambda kind: kind.__name__)
+def test_centre_crop_agrees_with_transformers(kind, photos) -> None:
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    theirs = kind()[2](**size)
+    ours = ImageProcessor(28, theirs.image_mean, theirs.image_std, crop=28 / 32)
+    expected = theirs(images=photos, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours(photos)["pixel_values"], expected, rtol=0, atol=0.03)
 
 
 # ---------------------------------------------------------------- speech

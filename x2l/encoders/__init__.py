@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x2l.encoders import efficientnet, hf
+from x2l.encoders import efficientnet, hf, onnx
 
 Build = Callable[..., tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]]
 
@@ -21,4 +21,5 @@ ENCODERS: dict[str, Build] = {
     "vision": hf.build_vision,
     "speech": hf.build_speech,
     "whisper_ct2": hf.build_whisper_ct2,
+    "onnx": onnx.build,
 }

