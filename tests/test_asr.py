@@ -1,0 +1,125 @@
+"""The CIF-based ASR model: its loss, its search, its multimodal decoder."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from x2l.asr import CIFASR, Decoder
+from x2l.modalities.speech import Listener
+from x2l.types import Features
+
+VOCAB, WIDTH = 7, 16
+SPELLING = torch.tensor([[1, 0, 0], [2, 0, 0], [3, 0, 0], [1, 2, 0], [2, 3, 0], [3, 1, 2], [3, 3, 0]])
+
+
+def model(seed: int = 0, **contexts: int) -> CIFASR:
+    torch.manual_seed(seed)
+    listener = Listener(8, WIDTH, num_blocks=1, ffn_width=16, num_heads=2, kernel=3, dropout=0.0, rate=0.3)
+    decoder = Decoder(VOCAB, WIDTH, 16, 2, num_blocks=6, dropout=0.0, **contexts)
+    return CIFASR(listener, decoder, SPELLING)
+
+
+def batch(*num_frames: int) -> Features:
+    torch.manual_seed(1)
+    return Features(torch.randn(len(num_frames), max(num_frames), 8), torch.tensor(num_frames))
+
+
+def test_learns_a_handful_of_utterances_by_heart() -> None:
+    asr, features = model(), batch(24, 40, 31)
+    tokens, lengths = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 0, 1], [2, 2, 5, 1, 0]]), torch.tensor([3, 5, 4])
+    optimizer = torch.optim.AdamW(asr.parameters(), lr=5e-3)
+    first = float("nan")
+    for step in range(100):
+        output = asr(features, tokens, lengths)
+        first = output.loss_sum.item() if step == 0 else first
+        optimizer.zero_grad()
+        (output.loss_sum / output.num_tokens).backward()
+        optimizer.step()
+    assert output.num_tokens == 12
+    assert output.loss_sum.item() < first / 2
+    assert [t.tokens for t in asr.eval().transcribe(features)] == [[1, 2, 3], [4, 5, 6, 0, 1], [2, 2, 5, 1]]
+
+
+def test_every_parameter_of_the_plain_model_learns() -> None:
+    asr = model()
+    torch.nn.init.normal_(asr.listener.residual.weight, std=0.1)
+    output = asr(batch(24, 40), torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2]))
+    output.loss_sum.backward()
+    assert [name for name, p in asr.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_loss_does_not_depend_on_the_batch() -> None:
+    asr, features = model(), batch(24, 40, 7)
+    tokens, lengths = torch.tensor([[1, 2, 3, 4], [4, 5, 6, 0], [6, 0, 0, 0]]), torch.tensor([4, 3, 1])
+    together = asr(features, tokens, lengths).loss_sum
+    alone = sum(
+        asr(Features(features.x[i : i + 1, :n], features.lengths[i : i + 1]), tokens[i : i + 1, :u], lengths[i : i + 1])
+        .loss_sum
+        for i, (n, u) in enumerate(zip((24, 40, 7), (4, 3, 1), strict=True))
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_transcripts_do_not_depend_on_the_batch(num_beams: int) -> None:
+    asr, features = model().eval(), batch(24, 60, 2)
+    together = asr.transcribe(features, num_beams)
+    for i, n in enumerate((24, 60, 2)):
+        (alone,) = asr.transcribe(Features(features.x[i : i + 1, :n], features.lengths[i : i + 1]), num_beams)
+        assert alone.tokens == together[i].tokens
+        assert alone.frames == pytest.approx(together[i].frames, abs=1e-3)
+        assert alone.log_prob == pytest.approx(together[i].log_prob, abs=1e-3)
+
+
+def test_time_stamps_are_monotone_and_inside_the_audio() -> None:
+    for transcript, n in zip(model().eval().transcribe(batch(24, 61, 33)), (24, 61, 33), strict=True):
+        assert transcript.frames == sorted(transcript.frames)
+        assert all(0 < frame <= n for frame in transcript.frames)
+        assert len(transcript.frames) == len(transcript.tokens)
+
+
+def test_silence_gives_an_empty_transcript() -> None:
+    asr = model().eval()
+    torch.nn.init.constant_(asr.listener.cif.fc.bias, -20.0)
+    assert [t.tokens for t in asr.transcribe(batch(24, 3))] == [[], []]
+
+
+def test_a_wide_beam_finds_the_best_of_all_sequences() -> None:
+    asr, features = model(3).eval(), batch(16)
+    fired, _, _ = asr.listener.listen(features)
+    heard = Features(fired.x, fired.lengths)
+    num_units = int(fired.lengths)
+    assert 1 < num_units < 4
+    candidates = torch.tensor(list(itertools.product(range(VOCAB), repeat=num_units)))
+    every = Features(heard.x.expand(len(candidates), -1, -1), heard.lengths.expand(len(candidates)))
+    log_probs = asr.decoder(candidates[:, :-1], every).log_softmax(-1)
+    scores = log_probs.gather(2, candidates[..., None]).sum((1, 2))
+    (found,) = asr.transcribe(features, num_beams=VOCAB**2)
+    assert found.tokens == candidates[scores.argmax()].tolist()
+    assert found.log_prob == pytest.approx(scores.max().item(), abs=1e-4)
+
+
+def test_multimodal_decoder_reads_vision_then_text_and_zeros_when_absent() -> None:
+    asr = model(vision_width=5, text_width=9).eval()
+    assert asr.decoder.reads == ["none", "none", "vision", "vision", "text", "text"]
+    heard, tokens = Features(torch.randn(2, 4, WIDTH), torch.tensor([4, 2])), torch.tensor([[1, 2, 3], [4, 0, 0]])
+    absent = asr.decoder(tokens, heard)
+    zeros = Features(torch.zeros(2, 3, 5), torch.tensor([3, 1]))
+    torch.testing.assert_close(asr.decoder(tokens, heard, vision=zeros), absent)
+    for name, width in (("vision", 5), ("text", 9)):
+        x = torch.randn(2, 3, width, requires_grad=True)
+        present = asr.decoder(tokens, heard, **{name: Features(x, torch.tensor([3, 1]))})
+        assert not torch.allclose(present, absent)
+        present.square().sum().backward()
+        assert x.grad is not None
+        assert (x.grad[1, 1:] == 0).all()  # beyond that context's length
+        assert x.grad[0].any(-1).all()
+
+
+def test_a_context_that_the_decoder_cannot_read_is_refused() -> None:
+    context = Features(torch.randn(1, 3, 5), torch.tensor([3]))
+    with pytest.raises(ValueError, match="vision_width=5"):
+        model().transcribe(batch(24), vision=context)

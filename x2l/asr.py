@@ -1,0 +1,210 @@
+"""Stage 1: the CIF-based ASR model, a listener and an autoregressive decoder over its embeddings (X-LLM section 3.1;
+Dong & Xu, arXiv 1905.11235; multimodal decoder: Han et al., arXiv 2301.13003).
+
+Trained by cross-entropy (label smoothing 0.1), CTC over letters and the quantity loss |sum alpha - tokens|, with CIF
+weights scaled to the token count. Decoding needs no end token: it runs for as many tokens as CIF fired.
+
+Shape letters: N utterances, F frames, U tokens, K letters, V tokens of the vocabulary, C context items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x2l.encoders.conformer import Attention, valid_frames
+from x2l.modalities.speech import Listener
+from x2l.types import Features, Output
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Token ids of one utterance, when each was complete (encoder frames from the start), and its log-probability."""
+
+    tokens: list[int]
+    frames: list[float]
+    log_prob: float
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, attention to the CIF embeddings, attention to one context if any, gated feed-forward."""
+
+    def __init__(self, width: int, ffn_width: int, num_heads: int, context_width: int | None, dropout: float) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(width, bias=False)
+        self.self_attention = Attention(width, num_heads)
+        self.cif_norm = nn.LayerNorm(width, bias=False)
+        self.cif_attention = Attention(width, num_heads, context_width=width)
+        self.context_norm = nn.LayerNorm(width, bias=False) if context_width else None
+        self.context_attention = Attention(width, num_heads, context_width) if context_width else None
+        self.ffn_norm = nn.LayerNorm(width, bias=False)
+        self.ffn_in = nn.Linear(width, 2 * ffn_width)
+        self.ffn_out = nn.Linear(ffn_width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, heard: Tensor, heard_mask: Tensor, context: Features | None) -> Tensor:
+        """(N, U, width) -> (N, U, width)."""
+        y = self.self_norm(x)
+        x = x + self.dropout(self.self_attention(y, y, causal=True))
+        x = x + self.dropout(self.cif_attention(self.cif_norm(x), heard, heard_mask))
+        if self.context_attention is not None and self.context_norm is not None and context is not None:
+            mask = valid_frames(context.lengths, context.x.shape[1])
+            x = x + self.dropout(self.context_attention(self.context_norm(x), context.x, mask))
+        value, gate = self.ffn_in(self.ffn_norm(x)).chunk(2, -1)
+        return x + self.dropout(self.ffn_out(F.silu(gate) * value))
+
+
+class Decoder(nn.Module):
+    """Token u from the tokens before it, CIF embedding u, and all CIF embeddings.
+
+    With ``vision_width`` or ``text_width`` it is the multimodal decoder: of six blocks, 3-4 attend to visual features
+    and 5-6 to the linguistic context (in general the second and the last third). An absent context is one zero vector,
+    which adds exactly nothing.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        ffn_width: int,
+        num_heads: int,
+        num_blocks: int,
+        vision_width: int | None = None,
+        text_width: int | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.context_widths = {"vision": vision_width, "text": text_width}
+        third = num_blocks // 3
+        self.reads = ["none"] * (num_blocks - 2 * third) + ["vision"] * third + ["text"] * third
+        self.bos = vocab_size
+        self.embedding = nn.Embedding(vocab_size + 1, width)
+        self.fuse = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, ffn_width, num_heads, self.context_widths.get(name), dropout) for name in self.reads
+        )
+        self.norm = nn.LayerNorm(width, bias=False)
+
+    def forward(
+        self, tokens: Tensor, heard: Features, vision: Features | None = None, text: Features | None = None
+    ) -> Tensor:
+        """Logits (N, U, V) of the tokens 0..U-1, given ``tokens`` (N, U - 1), the first ones, and CIF embeddings."""
+        contexts = {"vision": self._context("vision", vision, heard), "text": self._context("text", text, heard)}
+        x = self.embedding(F.pad(tokens, (1, 0), value=self.bos)) + self.fuse(heard.x[:, : tokens.shape[1] + 1])
+        mask = valid_frames(heard.lengths, heard.x.shape[1])
+        for block, name in zip(self.blocks, self.reads, strict=True):
+            x = block(x, heard.x, mask, contexts.get(name))
+        return self.norm(x) @ self.embedding.weight[: self.bos].T
+
+    def _context(self, name: str, context: Features | None, heard: Features) -> Features | None:
+        width = self.context_widths[name]
+        if width is None and context is not None:
+            raise ValueError(f"this decoder has no {name} blocks: build it with {name}_width={context.x.shape[-1]}")
+        if width is None or context is not None:
+            return context
+        zeros = heard.x.new_zeros(len(heard.x), 1, width)
+        return Features(zeros, torch.ones_like(heard.lengths))
+
+
+class CIFASR(nn.Module):
+    """Listener, CTC head over letters, and decoder.
+
+    Args:
+        listener: encoder frames to CIF embeddings.
+        decoder: CIF embeddings to tokens.
+        spelling: (V, K) letters of each token, 1-based, right-padded with 0: the CTC targets (0 is CTC's blank).
+        ctc_weight, quantity_weight, label_smoothing: of the loss.
+    """
+
+    spelling: Tensor
+
+    def __init__(
+        self,
+        listener: Listener,
+        decoder: Decoder,
+        spelling: Tensor,
+        ctc_weight: float = 0.3,
+        quantity_weight: float = 1.0,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.listener, self.decoder = listener, decoder
+        self.ctc_head = nn.Linear(listener.width, int(spelling.max()) + 1)
+        self.register_buffer("spelling", spelling)
+        self.ctc_weight, self.quantity_weight, self.label_smoothing = ctc_weight, quantity_weight, label_smoothing
+
+    def forward(
+        self,
+        features: Features,
+        tokens: Tensor,
+        token_lengths: Tensor,
+        vision: Features | None = None,
+        text: Features | None = None,
+    ) -> Output:
+        """The stage's loss, summed over the tokens of the batch.
+
+        Args:
+            features: (N, F, E) of the encoder.
+            tokens: (N, U) right-padded transcripts; ``token_lengths`` (N,), each at least 1.
+            vision, text: (N, C, vision_width) and (N, C, text_width) contexts of the multimodal decoder.
+        """
+        fired, hidden, lengths = self.listener.listen(features, token_lengths)
+        valid = valid_frames(token_lengths, tokens.shape[1])
+        logits = self.decoder(tokens[:, :-1], Features(fired.x, fired.lengths), vision, text)[valid]
+        ce = F.cross_entropy(logits.float(), tokens[valid], label_smoothing=self.label_smoothing, reduction="sum")
+        quantity = (fired.quantity - token_lengths).abs().sum()
+        ctc = self._ctc(hidden, lengths, tokens, token_lengths)
+        loss = ce + self.ctc_weight * ctc + self.quantity_weight * quantity
+        num_tokens = int(token_lengths.sum())
+        right = (logits.argmax(-1) == tokens[valid]).sum()
+        parts = {"ce": ce, "ctc": ctc, "quantity": quantity, "accuracy": right}
+        return Output(loss, num_tokens, {name: float(value.detach()) / num_tokens for name, value in parts.items()})
+
+    def _ctc(self, hidden: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+        """CTC over letters, each utterance's mean over its letters times its tokens: the scale of the other losses."""
+        letters = [self.spelling[row[:n]] for row, n in zip(tokens, token_lengths.tolist(), strict=True)]
+        letters = [rows[rows > 0] for rows in letters]
+        counts = torch.tensor([len(row) for row in letters], device=hidden.device)
+        log_probs = self.ctc_head(hidden).float().log_softmax(-1).transpose(0, 1)
+        loss = F.ctc_loss(log_probs, torch.cat(letters), lengths, counts, reduction="none", zero_infinity=True)
+        return (loss / counts.clamp_min(1) * token_lengths).sum()
+
+    @torch.inference_mode()
+    def transcribe(
+        self,
+        features: Features,
+        num_beams: int = 1,
+        vision: Features | None = None,
+        text: Features | None = None,
+    ) -> list[Transcript]:
+        """One token for each CIF embedding, by greedy or beam search; an utterance that fires nothing gives none."""
+        fired, _, _ = self.listener.listen(features)
+        tokens, scores = self._search(Features(fired.x, fired.lengths), num_beams, vision, text)
+        frames = (fired.fire_times * self.listener.stride).minimum(features.lengths[:, None])
+        return [
+            Transcript(tokens[i, :count].tolist(), frames[i, :count].tolist(), float(scores[i]))
+            for i, count in enumerate(fired.lengths.tolist())
+        ]
+
+    def _search(
+        self, heard: Features, num_beams: int, vision: Features | None, text: Features | None
+    ) -> tuple[Tensor, Tensor]:
+        """The best beam of each utterance: tokens (N, U) and summed log-probability (N,)."""
+        num_items, num_units, _ = heard.x.shape
+        contexts = [c and Features(*(y.repeat_interleave(num_beams, 0) for y in c)) for c in (heard, vision, text)]
+        tokens = heard.lengths.new_zeros(num_items, num_beams, 0)
+        scores = heard.x.new_full((num_items, num_beams), -torch.inf, dtype=torch.float32)
+        scores[:, 0] = 0.0
+        for step in range(num_units):
+            logits = self.decoder(tokens.flatten(0, 1), *contexts)[:, -1].float()
+            gain = logits.log_softmax(-1).unflatten(0, (num_items, num_beams))
+            ended = (step >= heard.lengths)[:, None, None]
+            first = torch.arange(gain.shape[-1], device=gain.device) == 0  # an ended beam goes on in one way only
+            gain = gain.where(~ended, torch.where(first, 0.0, -torch.inf))
+            scores, best = (scores[..., None] + gain).flatten(1).topk(num_beams)
+            row, token = best // gain.shape[-1], best % gain.shape[-1]
+            tokens = torch.cat([tokens.gather(1, row[..., None].expand(-1, -1, step)), token[..., None]], -1)
+        return tokens[:, 0], scores[:, 0]

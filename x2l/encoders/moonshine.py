@@ -1,0 +1,198 @@
+"""Moonshine (arXiv 2410.15608) by onnxruntime: a frozen English speech encoder, and its own decoder as an ASR peer.
+
+A 16 kHz waveform becomes one frame of width 288 every 384 samples (24 ms, 41.7 Hz). The network normalises over the
+whole waveform, so every window runs alone and without batch padding: what an utterance becomes never depends on the
+batch that it travels in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from x2l.types import Features
+from x2l.weights import resolve
+
+ASSETS = "pypi:moonshine-voice==0.0.65/moonshine_voice/assets/tiny-en"
+SHA256 = {
+    "encoder_model.ort": "94e90a4654fc45cdfedb77c4c08e1739f48862998e58fada384b25118134f221",
+    "decoder_model_merged.ort": "cf524c4862d36e9e5ab032eddc73637efd822d70e868ac575cf1a46e1e4708a0",
+    "tokenizer.bin": "6884b35fd6377d4c4d32336a0bc152f36b64d1e45b6503683cdc238250a8472d",
+}
+RATE = 16_000  # Hz
+HOP = 384  # samples a frame: the product of the strides 64, 3 and 2 of its three convolutions
+RECEPTIVE = 895  # samples that the first frame sees
+BOS, EOS = 1, 2
+TOKENS_PER_SECOND = 6.5  # the reference implementation stops its decoder here, against endless repetition
+
+
+def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU; ``threads=0`` leaves the choice to onnxruntime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def windows(wave: np.ndarray, max_seconds: float) -> Iterator[np.ndarray]:
+    """Cut a waveform into windows of at most ``max_seconds``, each cut at the quietest frame of the last third.
+
+    Every cut lies on a multiple of ``HOP``, so frame f of the joined features begins at sample ``f * HOP``.
+    """
+    limit = int(max_seconds * RATE) // HOP
+    while len(wave) > limit * HOP:
+        frames = wave[: limit * HOP].reshape(limit, HOP)
+        energy = np.convolve(np.square(frames).mean(1), np.ones(9), mode="same")
+        first = limit * 2 // 3
+        cut = (first + int(energy[first:].argmin())) * HOP
+        yield wave[:cut]
+        wave = wave[cut:]
+    yield wave
+
+
+def pad(wave: np.ndarray) -> np.ndarray:
+    """Zero-pad to the shortest length that yields ``ceil(samples / HOP)`` frames, at least one."""
+    num_frames = max(1, -(-len(wave) // HOP))
+    return np.pad(wave, (0, num_frames * HOP + RECEPTIVE - HOP - len(wave)))
+
+
+class MoonshineProcessor:
+    """Waveforms, each (S,) float32 at 16 kHz, to ``waves`` (N, S_max) and ``lengths`` (N,), in samples."""
+
+    def __call__(self, audio: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        for wave in audio:
+            if wave.ndim != 1:
+                raise ValueError(f"a waveform must be one-dimensional (mono), got the shape {wave.shape}")
+            if not np.isfinite(wave).all():
+                raise ValueError("a waveform holds NaN or infinite samples: decode or clean it again")
+        waves = [torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)) for wave in audio]
+        lengths = torch.tensor([len(wave) for wave in waves])
+        return {"waves": nn.utils.rnn.pad_sequence(waves, batch_first=True), "lengths": lengths}
+
+
+class MoonshineEncoder(nn.Module):
+    """``encoder_model.ort`` of Moonshine tiny.
+
+    Args:
+        path: the ORT file.
+        max_seconds: longest window that the network sees at once; its attention is quadratic in time.
+        threads: threads of onnxruntime, 0 = its own choice.
+    """
+
+    def __init__(self, path: Path, max_seconds: float = 20.0, threads: int = 0) -> None:
+        super().__init__()
+        self._session = session(path, threads)
+        self.width: int = self._session.get_outputs()[0].shape[-1]
+        self.max_seconds = max_seconds
+
+    def forward(self, waves: Tensor, lengths: Tensor) -> Features:
+        """Encode ``waves`` (N, S) with ``lengths`` (N,) samples to (N, F, 288), ``F = ceil(lengths / 384)``."""
+        frames = [
+            torch.from_numpy(self.encode(wave[:length].float().cpu().numpy()))
+            for wave, length in zip(waves, lengths.tolist(), strict=True)
+        ]
+        x = nn.utils.rnn.pad_sequence(frames, batch_first=True).to(waves.device)
+        return Features(x, torch.tensor([len(f) for f in frames], device=waves.device))
+
+    def encode(self, wave: np.ndarray) -> np.ndarray:
+        """Encode one waveform (S,) to (F, 288), window by window."""
+        return np.concatenate([self._encode(window) for window in windows(wave, self.max_seconds)])
+
+    def _encode(self, window: np.ndarray) -> np.ndarray:
+        values = pad(window)[None]
+        feed = {"input_values": values, "attention_mask": np.ones(values.shape, np.int64)}
+        return self._session.run(None, feed)[0][0]
+
+
+class MoonshineTranscriber:
+    """Moonshine's own greedy decoder with its key-value cache: the honest peer of our ASR model.
+
+    Args:
+        encoder, decoder, tokenizer: ``encoder_model.ort``, ``decoder_model_merged.ort`` and ``tokenizer.bin``.
+        max_seconds: longest window that is transcribed at once, the texts being joined by a space.
+        threads: threads of onnxruntime, 0 = its own choice.
+    """
+
+    def __init__(
+        self, encoder: Path, decoder: Path, tokenizer: Path, max_seconds: float = 20.0, threads: int = 0
+    ) -> None:
+        self.encoder = MoonshineEncoder(encoder, max_seconds, threads)
+        self._session = session(decoder, threads)
+        self._tokens = read_tokens(tokenizer)
+        self._past = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values")]
+        self._present = [o.name for o in self._session.get_outputs()][1:]
+
+    def transcribe(self, wave: np.ndarray) -> str:
+        """Transcribe one waveform (S,) float32 at 16 kHz."""
+        texts = [self._transcribe(window) for window in windows(wave, self.encoder.max_seconds)]
+        return " ".join(text for text in texts if text)
+
+    def _transcribe(self, window: np.ndarray) -> str:
+        states = self.encoder._encode(window)[None]
+        mask = np.ones((1, states.shape[1] * HOP), np.int64)  # the decoder thins it out to frames itself
+        feed = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in self._past}
+        ids = [BOS]
+        for step in range(max(1, int(len(window) / RATE * TOKENS_PER_SECOND))):
+            feed |= past | {"input_ids": np.array([ids[-1:]]), "use_cache_branch": np.array([step > 0])}
+            logits, *present = self._session.run(None, feed)
+            token = int(logits[0, -1].argmax())
+            if token == EOS:
+                break
+            ids.append(token)
+            for name, value in zip(self._present, present, strict=True):
+                if step == 0 or ".decoder." in name:  # the encoder's keys and values come from the first step alone
+                    past[name.replace("present", "past_key_values")] = value
+        return detokenize(self._tokens, ids[1:])
+
+
+def read_tokens(path: Path) -> list[bytes]:
+    """Read ``tokenizer.bin``: for each token its length (one byte, or two from 128 up) and its bytes."""
+    blob, at, tokens = path.read_bytes(), 0, []
+    while at < len(blob):
+        size, at = blob[at], at + 1
+        if size >= 128:
+            size, at = size - 128 + 128 * blob[at], at + 1
+        tokens.append(blob[at : at + size])
+        at += size
+    return tokens
+
+
+def detokenize(tokens: list[bytes], ids: Sequence[int]) -> str:
+    """Join tokens (U+2581 marks a space) and leave out the special ones (``<s>``)."""
+    text = b"".join(tokens[i] for i in ids if not tokens[i].startswith(b"<"))
+    return text.decode(errors="replace").replace("\u2581", " ").strip()
+
+
+def build(
+    weights: str = f"{ASSETS}/encoder_model.ort",
+    sha256: str | None = SHA256["encoder_model.ort"],
+    max_seconds: float = 20.0,
+    threads: int = 0,
+) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
+    """Moonshine tiny's encoder and its processor.
+
+    Args:
+        weights: spec of an ``encoder_model.ort``.
+        sha256: of that file; give ``None`` with a spec of your own.
+        max_seconds, threads: as in `MoonshineEncoder`.
+
+    Raises:
+        ValueError: the weights cannot be had.
+    """
+    return MoonshineEncoder(resolve(weights, sha256), max_seconds, threads), MoonshineProcessor()
+
+
+def build_transcriber(threads: int = 0) -> MoonshineTranscriber:
+    """Moonshine tiny with its own decoder, an ASR system to compare with.
+
+    Raises:
+        ValueError: the weights cannot be had.
+    """
+    return MoonshineTranscriber(*(resolve(f"{ASSETS}/{name}", sha) for name, sha in SHA256.items()), threads=threads)

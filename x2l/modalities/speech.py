@@ -1,0 +1,110 @@
+"""Speech: frozen encoder -> listener (context blocks and CIF, frozen too) -> C-Former -> S-Adapter (X-LLM, section 3.1).
+
+The listener turns frames into one embedding a spoken token. Stage 1 trains it between the encoder and the decoder of
+`x2l.asr`; from stage 2 on it never changes again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x2l.encoders.conformer import ConformerBlock, valid_frames
+from x2l.interfaces.adapter import Adapter
+from x2l.interfaces.cformer import CFormer
+from x2l.interfaces.cif import CIF, CIFOutput
+from x2l.types import Features
+
+
+class Listener(nn.Module):
+    """Encoder frames to one embedding a spoken token: thin out, add context, weigh, integrate and fire.
+
+    Args:
+        in_width: E, width of the encoder's frames.
+        width: of the context blocks and of the embeddings.
+        stride: frames that are averaged into one before anything else; the rest is lighter by that factor.
+        num_blocks, ffn_width, num_heads, kernel, dropout: of the Conformer blocks.
+        rate: weight a thinned-out frame that an untrained model gives, spoken tokens a frame in typical speech.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        width: int,
+        stride: int = 2,
+        num_blocks: int = 1,
+        ffn_width: int = 288,
+        num_heads: int = 8,
+        kernel: int = 15,
+        dropout: float = 0.1,
+        rate: float = 0.12,
+    ) -> None:
+        super().__init__()
+        self.width, self.stride = width, stride
+        self.project = nn.Identity() if in_width == width else nn.Linear(in_width, width)
+        self.blocks = nn.ModuleList(
+            ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks)
+        )
+        self.residual = nn.Linear(width, width)
+        nn.init.zeros_(self.residual.weight)  # an untrained listener hands on the encoder's own frames
+        nn.init.zeros_(self.residual.bias)
+        self.cif = CIF(width, dropout=dropout)
+        nn.init.constant_(self.cif.fc.bias, torch.tensor(rate).logit().item())
+
+    def frames(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,)."""
+        mask = valid_frames(features.lengths, features.x.shape[1])
+        x = self.project(features.x) * mask[..., None]
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride)).unflatten(1, (-1, self.stride))
+        count = F.pad(mask, (0, -mask.shape[1] % self.stride)).unflatten(1, (-1, self.stride)).sum(-1)
+        x = x.sum(2) / count.clamp_min(1)[..., None]
+        lengths = (features.lengths + self.stride - 1) // self.stride
+        mask, hidden = valid_frames(lengths, x.shape[1]), x
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+        hidden = hidden * mask[..., None]
+        return hidden, x + self.residual(hidden), lengths
+
+    def listen(self, features: Features, target_lengths: Tensor | None = None) -> tuple[CIFOutput, Tensor, Tensor]:
+        """Integrate and fire: the embeddings, and the hidden frames (N, F, width) with their lengths.
+
+        ``target_lengths`` (N,) scales the weights to that many tokens: for the training of stage 1 alone.
+        """
+        hidden, frames, lengths = self.frames(features)
+        return self.cif(Features(frames, lengths), target_lengths), hidden, lengths
+
+    def forward(self, features: Features) -> Features:
+        """(N, F, E) -> (N, U, width), U the number of tokens that the listener counts."""
+        fired, _, _ = self.listen(features)
+        return Features(fired.x, fired.lengths)
+
+
+class FrozenListener(Listener):
+    """The listener from stage 2 on: in eval mode and without gradients, whatever the modules around it do."""
+
+    def train(self, mode: bool = True) -> FrozenListener:
+        """Stay in eval mode."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, features: Features) -> Features:
+        """(N, F, E) -> (N, U, width)."""
+        return super().forward(features)
+
+
+def interface(
+    encoder_width: int, llm_width: int, llm_std: float, listener: dict[str, Any], **cformer: Any
+) -> list[nn.Module]:
+    """The speech interface.
+
+    Args:
+        listener: arguments of `Listener` (width, stride, num_blocks, ...), as in stage 1.
+        cformer: arguments of `CFormer` (width, depth, heads, ...).
+    """
+    frozen = FrozenListener(encoder_width, **listener)
+    former = CFormer(frozen.width, **cformer)
+    return [frozen, former, Adapter(former.out_width, llm_width, llm_std)]
