@@ -170,13 +170,18 @@ def test_pope_asks_what_captions_settle():
     assert present == {"dog", "grass"}
     assert "cat" not in absent  # "an animal" might be one
     assert "car" in absent
-    questions = pope.ask(captions, per_image=2, seed=1)
-    assert questions == pope.ask(captions, per_image=2, seed=1)
-    for asked in questions:
-        answers = [answer for _, answer in asked]
-        assert answers.count("yes") == answers.count("no") > 0
-    assert ("Is there a dog in the image?", "yes") in questions[0]
-    assert not any("dog" in text and answer == "yes" for text, answer in questions[1])
+    questions = pope.ask(captions, seed=1)
+    assert questions == pope.ask(captions, seed=1)
+    assert {(q.image, q.text, q.answer) for q in questions} == {
+        (0, "Is there a dog in the image?", "yes"),
+        (1, "Is there a dog in the image?", "no"),
+        (0, "Is there grass in the image?", "yes"),
+        (1, "Is there grass in the image?", "no"),
+        (0, "Is there a man in the image?", "no"),
+        (1, "Is there a man in the image?", "yes"),
+        (0, "Is there a car in the image?", "no"),
+        (1, "Is there a car in the image?", "yes"),
+    }
 
 
 def test_pope_task(tmp_path):
@@ -203,13 +208,8 @@ def test_questions_from_flickr8k():
     assert all(len(sample.meta["references"]) == 5 for sample in captions)
     assert len({sample.messages[0].text for sample in captions}) == 1
     asked = QUESTIONS["pope"](records)
-    answers = [sample.meta["references"][0] for sample in asked]
     assert len(asked) > 200
-    assert answers.count("yes") == answers.count("no")
-    # A blind guesser that knows only how often each object is there must not do much better than chance.
-    right = 0
-    for text in {sample.messages[0].text for sample in asked}:
-        votes = [a for s, a in zip(asked, answers, strict=True) if s.messages[0].text == text]
-        right += max(votes.count("yes"), votes.count("no"))
-    assert right / len(asked) < 0.75
+    for text in {sample.messages[0].text for sample in asked}:  # no object gives its answer away
+        answers = [s.meta["references"][0] for s in asked if s.messages[0].text == text]
+        assert answers.count("yes") == answers.count("no")
     assert [sample.id for sample in draw(captions, 10)] == [sample.id for sample in draw(captions, 10)]

@@ -58,7 +58,7 @@ def caption_stats(hypotheses: Sequence[str | None], references: Sequence[Sequenc
 
 
 def meteor(hypotheses: Sequence[str | None], references: Sequence[Sequence[str]]) -> float | None:
-    """METEOR 1.5 in points of 100 by pycocoevalcap, or None where there is no Java to run it."""
+    """METEOR 1.5 in points of 100 by pycocoevalcap; None where there is no Java to run it."""
     if shutil.which("java") is None:
         return None
     from pycocoevalcap.meteor.meteor import Meteor

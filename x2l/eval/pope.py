@@ -8,8 +8,8 @@ everything that he sees, so a few "no" are wrong in truth: compare systems on th
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,26 +58,31 @@ def named(captions: Sequence[str]) -> tuple[set[str], set[str]]:
     return present, {name for name, words in _NEAR.items() if not words & everything}
 
 
-def ask(captions: Sequence[Sequence[str]], per_image: int = 2, seed: int = 0) -> list[list[tuple[str, str]]]:
-    """Up to ``per_image`` (question, "yes") and as many (question, "no") for the captions of each image.
+class Question(NamedTuple):
+    """A yes/no question about the image at an index."""
 
-    Absent objects are drawn as often as they are present in the set (POPE's "popular" setting), so that knowing which
-    objects are common does not help.
+    image: int
+    name: str
+    text: str
+    answer: str
+
+
+def ask(captions: Sequence[Sequence[str]], per_object: int = 20, seed: int = 0) -> list[Question]:
+    """For each object up to ``per_object`` questions with the answer yes and as many with the answer no.
+
+    Balanced object by object, so that whoever answers without the image, however well he knows which objects are
+    common, is right half of the time.
     """
     rng = np.random.default_rng(seed)
     found = [named(texts) for texts in captions]
-    popularity = Counter(name for present, _ in found for name in present)
     questions = []
-    for present, absent in found:
-        yes = sorted(present)
-        no = sorted(name for name in absent if popularity[name])
-        num = min(per_image, len(yes), len(no))
-        drawn = [(name, "yes") for name in rng.permutation(yes)[:num]] if num else []
-        if num:
-            weights = np.array([popularity[name] for name in no], dtype=float)
-            drawn += [(name, "no") for name in rng.choice(no, num, replace=False, p=weights / weights.sum())]
-        questions.append([(question(str(name)), answer) for name, answer in drawn])
-    return questions
+    for name in OBJECTS:
+        present = [i for i, (there, _) in enumerate(found) if name in there]
+        absent = [i for i, (_, missing) in enumerate(found) if name in missing]
+        num = min(per_object, len(present), len(absent))
+        for answer, images in (("yes", present), ("no", absent)):
+            questions += [Question(images[i], name, question(name), answer) for i in rng.permutation(len(images))[:num]]
+    return sorted(questions)
 
 
 def question(name: str) -> str:

@@ -56,18 +56,16 @@ def sound(
     ]
 
 
-def pope(records: Iterable[Record], per_image: int = 2, seed: int = 0) -> list[Sample]:
-    """Yes/no questions about objects that the English captions name, or do not."""
+def pope(records: Iterable[Record], per_object: int = 20, seed: int = 0) -> list[Sample]:
+    """Yes/no questions about objects that the English captions name, or do not; balanced object by object."""
     records = list(records)
-    asked = yes_no.ask([record.fields["en"] for record in records], per_image, seed)
     return [
         Sample(
-            f"{record.key}/pope-{i}",
-            (user(media_part(record, "image"), f"{question} Answer yes or no."),),
-            {"lang": "en", "references": [answer]},
+            f"{records[asked.image].key}/pope-{asked.name}",
+            (user(media_part(records[asked.image], "image"), f"{asked.text} Answer yes or no."),),
+            {"lang": "en", "references": [asked.answer]},
         )
-        for record, questions in zip(records, asked, strict=True)
-        for i, (question, answer) in enumerate(questions)
+        for asked in yes_no.ask([record.fields["en"] for record in records], per_object, seed)
     ]
 
 

@@ -37,10 +37,6 @@ def _caption_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Sta
     return metrics.caption_stats(hypotheses, [row["references"] for row in rows])
 
 
-def _caption_details(hypotheses: Hypotheses, rows: Sequence[Row]) -> Row:
-    return {"METEOR": metrics.meteor(hypotheses, [row["references"] for row in rows])}
-
-
 def _normaliser(meta: Row) -> normalize.Normalizer:
     return normalize.preset(meta.get("normalizer") or meta.get("lang", "en"))
 
@@ -97,7 +93,7 @@ def _yes_no_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat
 
 
 TASKS: dict[str, Task] = {
-    "caption": Task(_caption_text, _caption_stats, _caption_details),
+    "caption": Task(_caption_text, _caption_stats),
     "asr": Task(_spoken_text, _asr_stats, _asr_details),
     "qa": Task(_short_answer, _match_stats),
     "sound": Task(_short_answer, _match_stats),
@@ -127,12 +123,12 @@ def results(run_dir: str | Path) -> list[Row]:
     return [{**row, **{k: answers.get(row["request_sha256"], empty)[k] for k in empty}} for row in plan]
 
 
-def score(run_dir: str | Path, seed: int = 0) -> Row:
+def score(run_dir: str | Path, seed: int = 0, meteor: bool = False) -> Row:
     """Score a run from its records, write ``scores.json`` beside them, and return it.
 
     The result holds ``task``, ``control``, ``dataset``, ``num_samples``, ``coverage`` (share of samples with an answer;
     the missing ones count as empty), ``scores`` with intervals and ``details``. Raw outputs are normalised anew, so a
-    better normaliser needs no new run.
+    better normaliser needs no new run. ``meteor`` adds METEOR to the details of captions: it takes Java and a minute.
 
     Raises:
         ValueError: no run there, or one that carries the name of a published test set without being all of it.
@@ -142,6 +138,8 @@ def score(run_dir: str | Path, seed: int = 0) -> Row:
     task, hypotheses = find(manifest["task"]), _hypotheses(manifest["task"], rows)
     clusters = [row["cluster"] for row in rows]
     details = task.details(hypotheses, rows)
+    if meteor and task is TASKS["caption"]:
+        details["METEOR"] = metrics.meteor(hypotheses, [row["references"] for row in rows])
     counts = [value.num_units for value in details.values() if isinstance(value, metrics.ErrorCounts)]
     metrics.check_label(manifest["dataset"], len(rows), sum(counts) if counts else None)
     result = {
