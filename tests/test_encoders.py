@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +254,58 @@ def test_centre_crop_agrees_with_transformers(kind, photos) -> None:
     ours = ImageProcessor(28, theirs.image_mean, theirs.image_std, crop=28 / 32)
     expected = theirs(images=photos, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours(photos)["pixel_values"], expected, rtol=0, atol=0.03)
+
+
+# ---------------------------------------------------------------- timm and open_clip
+
+
+@pytest.mark.parametrize(("name", "extra"), [("timm", "timm"), ("open_clip", "open-clip")])
+def test_a_missing_extra_is_named(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"pip install 'x2l\[{extra}\]'"):
+        ENCODERS[name](weights="anything")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224"])
+def test_timm_model_gives_its_own_features(name: str, tmp_path: Path, photos) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    encoder, process = ENCODERS["timm"](weights=str(tmp_path))
+    inputs = process(photos)
+    with torch.inference_mode():
+        features, expected = encoder.eval()(**inputs), model.forward_features(inputs["pixel_values"])
+    if expected.ndim == 4:
+        expected = expected if name.startswith("swin") else expected.permute(0, 2, 3, 1)
+        expected = expected.reshape(2, -1, encoder.width)
+    torch.testing.assert_close(features.x, expected)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        ENCODERS["timm"](weights=str(tmp_path))
+
+
+def test_open_clip_tower_gives_its_normalised_patches(tmp_path: Path, photos) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    vision = {"image_size": 56, "layers": 2, "width": 64, "head_width": 32, "patch_size": 14}
+    text = {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    model = open_clip.CLIP(**config).eval()
+    whole = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(whole))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    encoder, process = ENCODERS["open_clip"](weights=str(tmp_path))
+    inputs = process(photos)
+    with torch.inference_mode():
+        features = encoder.eval()(**inputs)
+        hidden = model.visual.forward_intermediates(
+            inputs["pixel_values"], indices=1, intermediates_only=True, normalize_intermediates=True, output_fmt="NLC"
+        )["image_intermediates"][0]
+    torch.testing.assert_close(features.x, hidden)
+    assert features.x.shape == (2, 16, encoder.width)
 
 
 # ---------------------------------------------------------------- speech

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x2l.encoders import efficientnet, hf, onnx
+from x2l.encoders import efficientnet, hf, onnx, optional
 
 Build = Callable[..., tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]]
 
@@ -22,4 +22,6 @@ ENCODERS: dict[str, Build] = {
     "speech": hf.build_speech,
     "whisper_ct2": hf.build_whisper_ct2,
     "onnx": onnx.build,
+    "timm": optional.build_timm,
+    "open_clip": optional.build_open_clip,
 }
