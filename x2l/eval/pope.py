@@ -15,7 +15,8 @@ import numpy as np
 
 from x2l.eval.metrics import caption_tokens
 
-# object -> (the words that name it, further words that make its absence doubtful)
+# object -> (the words that name it, further words that make its absence doubtful). Scenery that people see but leave
+# unsaid (trees, sky) is not asked about, nor the camera that they smile at.
 OBJECTS: dict[str, tuple[str, str]] = {
     "dog": ("dog dogs puppy puppies", "animal animals terrier retriever poodle greyhound hound collie labrador pup"),
     "cat": ("cat cats kitten kittens", "animal animals"),
@@ -38,12 +39,10 @@ OBJECTS: dict[str, tuple[str, str]] = {
     "umbrella": ("umbrella umbrellas", "parasol rain shade"),
     "bench": ("bench benches", "seat seats chair sitting sits sit"),
     "chair": ("chair chairs armchair", "seat seats sofa couch bench sitting sits sit table"),
-    "tree": ("tree trees", "forest woods wooded park outdoors branch branches leaves jungle garden"),
     "snow": ("snow", "snowy ski skis skiing sled ice winter snowboard snowboarder mountain"),
-    "grass": ("grass", "grassy field lawn yard park meadow outside garden green"),
+    "grass": ("grass", "grassy field lawn yard park meadow outside outdoors garden green hill soccer football baseball track"),
     "beach": ("beach beaches", "sand sandy ocean sea shore water surf surfer coast wave waves"),
     "rope": ("rope ropes", "leash climber climbing climbs string swing cord"),
-    "camera": ("camera cameras", "photographer photo picture pictures photographing photograph posing"),
     "guitar": ("guitar guitars", "musician musicians instrument band music"),
 }  # fmt: skip
 _NAMES = {name: frozenset(words.split()) for name, (words, _) in OBJECTS.items()}
