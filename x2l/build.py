@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,16 +13,20 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from x2l.config import Component, ModelConfig
 from x2l.encoders import ENCODERS
+from x2l.interfaces.qformer import import_blip2
 from x2l.llm import load_llm
 from x2l.modalities import MODALITIES, Kind
 from x2l.modality import Modality, Processor
 from x2l.model import XLLM
 from x2l.template import TEMPLATES, Renderer
 from x2l.weights import resolve
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,9 +40,7 @@ class Built:
     config: ModelConfig
 
 
-def build(
-    config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | None = None, attention: str = "sdpa"
-) -> Built:
+def build(config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | None = None, attention: str = "sdpa") -> Built:
     """Load the LLM and encoders, make the interfaces, and load their trained weights.
 
     Encoders with the same config are one module, so that image and video share theirs.
@@ -56,11 +59,11 @@ def build(
         dtype or getattr(torch, config.llm.dtype),
         attn_implementation=attention,
     )
-    table = llm.get_input_embeddings().weight
-    encoders: dict[str, tuple[nn.Module, Processor]] = {}
+    table: Any = llm.get_input_embeddings().weight
+    encoders: dict[str, tuple[Any, Processor]] = {}
     modalities, processors, decoders = {}, {}, {}
     for name, part in config.modalities.items():
-        kind = _kind(part.type or name)
+        kind: Kind = _lookup(MODALITIES, "modality", part.type or name)
         key = part.encoder.model_dump_json()
         if key not in encoders:
             encoders[key] = _encoder(part.encoder)
@@ -105,9 +108,7 @@ def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, An
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
-        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
+        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape
     ]
     if missing or extra or shapes:
         raise ValueError(f"{path} does not fit: missing {missing[:8]}, extra {extra[:8]}, other shapes {shapes[:8]}")
@@ -115,19 +116,43 @@ def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, An
     return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
 
 
-def _kind(name: str) -> Kind:
-    if name in MODALITIES:
-        return MODALITIES[name]
-    if ":" not in name:
-        raise ValueError(f"unknown modality {name!r}: use one of {', '.join(MODALITIES)}, or package.module:attribute")
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {"blip2": import_blip2}
+
+
+def initialise(module: nn.Module, source: str) -> None:
+    """Start ``module`` from published weights: ``importer:spec``, or a safetensors file of ours that fits exactly.
+
+    Raises:
+        ValueError: what the module owns is missing from the source, or has another shape.
+    """
+    importer, _, spec = source.partition(":")
+    if importer not in IMPORTERS:
+        load_strict(module, shipped_file(source))
+        return
+    path = resolve(spec)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    unused = IMPORTERS[importer](state, module)
+    log.info("%s: %d tensors taken, %d of the source not used", source, len(state) - len(unused), len(unused))
+
+
+def _lookup(table: Mapping[str, Any], what: str, name: str) -> Any:
+    """An entry of an explicit table, or of anybody's package by ``package.module:attribute``."""
+    if name in table:
+        return table[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(table)}, or package.module:attribute")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {name!r} cannot be imported: {error}") from error
 
 
 def _encoder(component: Component) -> tuple[nn.Module, Processor]:
-    if component.name not in ENCODERS:
-        raise ValueError(f"unknown encoder {component.name!r}: use one of {', '.join(ENCODERS)}")
-    return _call(ENCODERS[component.name], f"encoder {component.name}", component.args)
+    build_encoder = _lookup(ENCODERS, "encoder", component.name)
+    encoder, processor = _call(build_encoder, f"encoder {component.name}", component.args)
+    return encoder, processor
 
 
 def _call(function: Any, what: str, arguments: dict[str, Any], *positional: Any) -> Any:

@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from x2l.types import RunError
+
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that cannot be written, or that is not what it says."""
 
 
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
-) -> Path:
+def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write ``folder/step-N`` atomically, then delete all but the newest ``keep``.
 
     Args:
@@ -48,9 +48,7 @@ def save(
         for stem, named in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{stem}.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())
-        }
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
         for path in partial.iterdir():
             _sync(path)
@@ -109,12 +107,12 @@ def frozen_digest(module: nn.Module) -> str:
     """sha256 over every frozen parameter and every buffer outside trained modules: equal before and after training."""
     trained = {name.rsplit(".", 1)[0] for name, p in module.named_parameters() if p.requires_grad}
     digest = hashlib.sha256()
-    tensors = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     tensors |= {name: b for name, b in module.named_buffers() if name.rsplit(".", 1)[0] not in trained}
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -83,7 +83,7 @@ class TrainConfig(Strict):
     model: ModelConfig
     stage_args: dict[str, Any] = Field(default_factory=dict)  # flat arguments of blip2 or asr
     fresh: list[str] = Field(default_factory=list)  # modalities that start untrained although the model names weights
-    init: dict[str, str] = Field(default_factory=dict)  # parameter prefix -> safetensors that it starts from
+    init: dict[str, str] = Field(default_factory=dict)  # module -> what it starts from (build.initialise)
     trainable: dict[str, float]
     data_root: str = "data"
     data: list[SourceConfig]
@@ -189,7 +189,7 @@ def _explain(cls: type[BaseModel], error: Any) -> str:
 
 
 def _all_keys(cls: type[BaseModel]) -> list[str]:
-    models = [cls, LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, Schedule]
+    models: list[type[BaseModel]] = [cls, LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, Schedule]
     return sorted({field for model in models for field in model.model_fields})
 
 

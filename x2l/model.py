@@ -1,6 +1,6 @@
 """XLLM: a frozen LLM that reads any number of modalities through their interfaces.
 
-    Batch -> modalities -> splice -> LLM -> loss, or text
+Batch -> modalities -> splice -> LLM -> loss, or text
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class XLLM(nn.Module):
         """What the LLM reads: text embeddings with every sentinel replaced by its item's embeddings."""
         ids = batch.input_ids.to(self.device)
         text = self.llm.get_input_embeddings()(ids.clamp_min(0))
-        return splice(
-            ids, batch.labels.to(self.device), batch.reach.to(self.device), text, self.read(batch.media), pad_left
-        )
+        return splice(ids, batch.labels.to(self.device), batch.reach.to(self.device), text, self.read(batch.media), pad_left)
 
     def forward(self, batch: Batch) -> Output:
         """Summed next-token cross-entropy over the supervised tokens, logits computed for those alone.

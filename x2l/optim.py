@@ -32,9 +32,7 @@ def select(module: nn.Module, trainable: Mapping[str, float]) -> dict[str, float
     return rates
 
 
-def adamw(
-    module: nn.Module, rates: Mapping[str, float], betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+def adamw(module: nn.Module, rates: Mapping[str, float], betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the selected parameters: weight decay on matrices alone, not on biases, norms and query embeddings."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():

@@ -6,13 +6,12 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from x2l.build import build, load_strict
+from x2l.build import build, initialise
 from x2l.checkpoint import frozen_digest
 from x2l.config import TrainConfig
 from x2l.data.cache import FeatureCache
@@ -39,8 +38,8 @@ def xllm_stage(cfg: TrainConfig) -> Stage:
     # On a CPU plain matmuls beat the fused kernel at these short lengths, 2.0 s against 2.5 s a step (dev/LOG.md).
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     built = build(cfg.model, cfg.fresh, dtype, attention)
-    for prefix, path in cfg.init.items():
-        load_strict(built.model.get_submodule(prefix), Path(path))
+    for prefix, source in cfg.init.items():
+        initialise(built.model.get_submodule(prefix), source)
     collator = Collator(built.renderer, built.processors, built.decoders)
     caches = {name: feature_cache(cfg, name, built.model.modalities[name], collator) for name in cfg.model.modalities}
 
@@ -49,7 +48,11 @@ def xllm_stage(cfg: TrainConfig) -> Stage:
         return collator.train([sample for family in families for sample in family], fetch)
 
     def export() -> dict[str, dict[str, Tensor]]:
-        return {name: m.interface.state_dict() for name, m in built.model.modalities.items() if is_trained(m)}
+        return {
+            name: modality.get_submodule("interface").state_dict()
+            for name, modality in built.model.modalities.items()
+            if is_trained(modality)
+        }
 
     return Stage(built.model, collate, export)
 

@@ -29,7 +29,7 @@ from x2l.config import TrainConfig, digest
 from x2l.data.feed import Feed, Stream
 from x2l.data.sources import read_source
 from x2l.stages import STAGES, Stage
-from x2l.types import Output
+from x2l.types import Output, RunError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MAX_FAILURES = 3  # consecutive non-finite steps, or failed saves, before a run 
 NOT_IDENTITY = {"run", "save_every", "val_every", "val_batches", "val", "threads", "data_root"}
 
 
-class TrainError(RuntimeError):
+class TrainError(RunError):
     """A run that cannot go on; the message says why and what to do."""
 
 
@@ -69,9 +69,7 @@ def train(cfg: TrainConfig) -> Path:
 
         metrics, board, stop = Metrics(run, first), SummaryWriter(str(run / "tensorboard")), on_sigterm()
         failures = save_failures = 0
-        bar = tqdm(
-            range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True, desc=Path(cfg.run).name
-        )
+        bar = tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True, desc=Path(cfg.run).name)
         model.train()
         for step in bar:
             started = time.perf_counter()
@@ -80,7 +78,7 @@ def train(cfg: TrainConfig) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
 
-            loss_sum, num_tokens, num_samples, logs = 0.0, 0, 0, {}
+            loss_sum, num_tokens, num_samples, logs = 0.0, 0, 0, dict[str, float]()
             for micro in range(step * cfg.accumulate, (step + 1) * cfg.accumulate):
                 families = feed.batch(micro)
                 if not families:
@@ -101,9 +99,7 @@ def train(cfg: TrainConfig) -> Path:
             optimizer.zero_grad(set_to_none=True)
             failures = 0 if finite else failures + 1
             if failures >= MAX_FAILURES:
-                raise TrainError(
-                    f"loss or gradient not finite for {failures} steps up to {step}; lower the learning rate"
-                )
+                raise TrainError(f"loss or gradient not finite for {failures} steps up to {step}; lower the learning rate")
 
             done = step + 1
             row = {"step": done, "loss": loss_sum / num_tokens, "lr": factor, "grad_norm": norm, "tokens": num_tokens,
@@ -114,9 +110,7 @@ def train(cfg: TrainConfig) -> Path:
             for name, value in row.items():
                 board.add_scalar(name, value, done)
             speed = num_samples / (time.perf_counter() - started)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {speed:.1f} samples/s" + ("" if finite else ", NOT FINITE: skipped")
-            )
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.1f} samples/s" + ("" if finite else ", NOT FINITE: skipped"))
             if done % cfg.save_every == 0 or done == total or stop.asked:
                 try:
                     save(run, done, model, optimizer, identity)
@@ -181,7 +175,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> None:
     """Write checkpoint ``step``: trained parameters, optimiser, and the identity of the run."""
-    tensors = {"model": trained(model), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+    tensors: dict[str, Any] = {"model": trained(model), "optimizer": checkpoint.optimizer_tensors(optimizer)}
     checkpoint.save(run / "checkpoints", step, tensors, {"step": step, "identity": identity})
 
 
@@ -256,7 +250,7 @@ def exclusive(run: Path) -> Iterator[None]:
         raise TrainError(f"{run} is in use by another trainer; stop it, or give run=another/folder") from None
 
 
-class on_sigterm:  # noqa: N801 - reads as a verb where it is used
+class on_sigterm:
     """Remembers that the process was asked to stop, so that the step in progress is finished and saved."""
 
     def __init__(self) -> None:

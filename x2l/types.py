@@ -13,6 +13,11 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss (the convention of torch and transformers)
 
+
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason outside the code; users see the message without a traceback."""
+
+
 SOURCES = ("path", "url", "bytes", "key", "features")
 
 

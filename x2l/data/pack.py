@@ -1,4 +1,4 @@
-"""Rows -> one row: prefixes shared as a tree, samples packed side by side. The masks follow from ``reach`` (splice.py)."""
+"""Rows -> one row: prefixes shared as a tree, samples packed side by side; masks follow from ``reach`` (splice.py)."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def _shareable(row: Row, head: Row, at: int) -> bool:
 
 def concatenate(packs: Sequence[Packed]) -> Packed:
     """Put packed rows side by side in one; none sees another."""
-    ids, labels, reach, media = [], [], [], []
+    row = Packed([], [], [], [])
     for pack in packs:
-        reach += [len(ids) + r for r in pack.reach]
-        ids += pack.ids
-        labels += pack.labels
-        media += pack.media
-    return Packed(ids, labels, reach, media)
+        row.reach.extend(len(row.ids) + r for r in pack.reach)
+        row.ids.extend(pack.ids)
+        row.labels.extend(pack.labels)
+        row.media.extend(pack.media)
+    return row

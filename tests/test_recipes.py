@@ -1,0 +1,80 @@
+"""Every shipped recipe is parsed, and every training recipe takes two real steps on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tiny_model
+
+from x2l import train
+from x2l.build import build
+from x2l.config import RECIPES, ModelConfig, load_model_config, load_train_config, shipped
+
+STAGES = [name for name in shipped() if not name.startswith("models/")]
+
+
+@pytest.mark.parametrize("name", shipped("models"))
+def test_models(name: str) -> None:
+    cfg = load_model_config(name)
+    assert cfg.modalities
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if "image" in name])
+def test_image_stages_step_twice(
+    name: str, llm_folder: Path, photo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("X2L_CACHE", str(tmp_path / "cache"))
+    load_train_config(name)
+    raw: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    source = next(s for s in raw["data"] if "caption" in s["tasks"])
+    shrunk = raw | {
+        "model": tiny_model(llm_folder),
+        "init": {},
+        "data": [source | {"path": "flickr8k/train-*.tar"}],
+        "val": [source | {"path": "flickr8k/val-*.tar"}],
+        "data_root": str(photo_root),
+        "run": str(tmp_path / "run"),
+        "steps": 2,
+        "epochs": None,
+        "batch_size": 2,
+        "accumulate": min(2, raw.get("accumulate", 1)),
+        "val_every": 1,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(shrunk))
+    folder = train.train(load_train_config(str(tmp_path / "recipe.yaml")))
+    assert (folder / "image.safetensors").is_file()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_a_checkpoint_with_missing_or_extra_keys_is_refused(llm_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    cfg = tiny_model(llm_folder)
+    state = build(ModelConfig.model_validate(cfg)).model.modalities["image"].interface.state_dict()
+    del state["1.linear.bias"]
+    state["surplus"] = state["0.queries"].clone()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    image = cfg["modalities"]["image"] | {"weights": str(tmp_path / "w.safetensors")}  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"missing \['1.linear.bias'\], extra \['surplus'\]"):
+        build(ModelConfig.model_validate(cfg | {"modalities": {"image": image}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": {"name": "efficientnet"}}, "unknown encoder 'efficientnet': use one of .*efficientnet_lite0"),
+        ({"encoder": {"name": "conftest:nothing"}}, "cannot be imported"),
+        ({"interface": {"widht": 3}}, "modalities.image.interface: .*widht"),
+        ({"type": "smell"}, "unknown modality 'smell': use one of image"),
+    ],
+)
+def test_wrong_parts_are_named(change: dict[str, Any], message: str, llm_folder: Path) -> None:
+    cfg = tiny_model(llm_folder)
+    image = cfg["modalities"]["image"] | change  # type: ignore[index]
+    with pytest.raises(ValueError, match=message):
+        build(ModelConfig.model_validate(cfg | {"modalities": {"image": image}}))

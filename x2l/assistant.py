@@ -1,0 +1,85 @@
+"""A model that is ready to talk: messages in, text out, streamed or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from x2l.build import Built, build, shipped_file
+from x2l.checkpoint import sha256
+from x2l.config import digest, load_model_config
+from x2l.data.collate import Collator
+from x2l.types import Message, Sample
+
+
+class Assistant:
+    """Chat, captioning and evaluation on one loaded model.
+
+    >>> assistant = Assistant.load("tiny")
+    >>> for piece in assistant.stream([user(Part("image", path="photo.jpg"), "What is happening here?")]):
+    ...     print(piece, end="")
+    """
+
+    def __init__(self, built: Built):
+        self.model = built.model.eval()
+        self.config = built.config
+        self.renderer = built.renderer
+        self.tokenizer = built.renderer.tokenizer
+        self.collator = Collator(built.renderer, built.processors, built.decoders)
+
+    @classmethod
+    def load(cls, name: str = "tiny", overrides: Sequence[str] = ()) -> Assistant:
+        """Build a model recipe by shipped name or path, fetching its frozen weights on first use."""
+        return cls(build(load_model_config(name, overrides)))
+
+    @property
+    def reads(self) -> list[str]:
+        """The modalities that this model takes."""
+        return list(self.model.modalities)
+
+    def stream(self, messages: Sequence[Message], max_new_tokens: int = 128, **sampling: Any) -> Iterator[str]:
+        """The answer to a conversation, in pieces of text as they are decoded; their concatenation is the answer.
+
+        ``sampling`` holds temperature, top_p and generator of `XLLM.stream`.
+        """
+        batch, ids, sent = self.collator.prompt([messages]), [], ""
+        for (token,) in self.model.stream(batch, max_new_tokens, eos=self._eos, **sampling):
+            if token is None:
+                break
+            ids.append(token)
+            text = self._decode(ids)
+            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+                yield text[len(sent) :]
+                sent = text
+        yield self._decode(ids)[len(sent) :]
+
+    def generate_text(self, samples: Sequence[Sample], max_new_tokens: int = 128, **decode: Any) -> list[str]:
+        """One whole answer for each sample's messages, as a batch; ``decode`` as in `XLLM.generate`."""
+        batch = self.collator.prompt([sample.messages for sample in samples])
+        answers = self.model.generate(batch, max_new_tokens, eos=self._eos, pad=self.renderer.eos, **decode)
+        return [self._decode(ids).strip() for ids in answers]
+
+    def render(self, sample: Sample) -> str:
+        """The prompt as the model reads it, each media item as ``<type>``."""
+        names = {sentinel: f"<{name}>" for name, sentinel in self.model.sentinels.items()}
+        ids = self.renderer.prompt(sample.messages).ids
+        return "".join(names[i] if i < 0 else self.tokenizer.decode([i]) for i in ids)
+
+    def info(self) -> dict[str, Any]:
+        """What identifies this model in a record: recipe hash, hashes of the trained interfaces, device and dtype."""
+        trained = {name: sha256(shipped_file(part.weights)) for name, part in self.config.modalities.items() if part.weights}
+        return {
+            "checkpoint": digest(self.config),
+            "interfaces": trained,
+            "device": str(self.model.device),
+            "dtype": str(self.model.llm.dtype),
+        }
+
+    @property
+    def _eos(self) -> list[int]:
+        configured = self.model.llm.generation_config.eos_token_id
+        more = configured if isinstance(configured, list) else [configured]
+        return sorted({self.renderer.eos, *(i for i in more if i is not None)})
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

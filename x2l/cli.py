@@ -1,0 +1,162 @@
+"""The x2l command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from x2l import __version__
+from x2l.types import RunError
+
+app = typer.Typer(
+    help="Treat any modality as a foreign language for any LLM.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+eval_app = typer.Typer(help="Measure a model, from stored records.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+console = Console()
+
+Model = Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
+
+
+def main() -> None:
+    """Entry point: user errors become one clear line, everything else keeps its traceback."""
+    logging.basicConfig(level=os.environ.get("X2L_LOG", "WARNING"), format="%(levelname)s %(message)s")
+    try:
+        app()
+    except (ValueError, RunError) as error:
+        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    if show:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def chat(
+    question: Annotated[Optional[str], typer.Argument(help="ask once; leave out to talk")] = None,  # noqa: UP045
+    image: Annotated[Optional[list[Path]], typer.Option("--image", "-i", help="a photo; may be repeated")] = None,  # noqa: UP045
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 = greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="nucleus of the sampling")] = 1.0,
+) -> None:
+    """Talk with a model about pictures.
+
+    Examples:
+
+        x2l chat --image photo.jpg "What is happening here?"
+
+        x2l chat            (then: /image photo.jpg, and a question)
+    """
+    from x2l.assistant import Assistant
+    from x2l.chat import Chat
+
+    session = Chat(
+        Assistant.load(model),
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p},
+        console,
+    )
+    for path in image or []:
+        session.attach("image", path)
+    if question is not None:
+        session.ask(question)
+    else:
+        session.loop()
+
+
+@app.command()
+def demo() -> None:
+    """Answer questions about photos that registry packages ship."""
+    from x2l.demo import demo as run
+
+    run(console)
+
+
+@app.command()
+def train(recipe: Annotated[str, typer.Argument(help="a shipped name, or a path")], overrides: Overrides = None) -> None:
+    """Train a stage; running the same command again goes on from the newest checkpoint.
+
+    Examples:
+
+        x2l train tiny/stage2_image data_root=../shared/data
+
+        x2l train tiny/stage2_image data_root=../shared/data steps=20 epochs=null run=runs/try
+    """
+    from x2l.config import load_train_config
+    from x2l.train import train as run
+
+    logging.getLogger("x2l").setLevel(logging.INFO)
+    console.print(f"exported to [bold]{run(load_train_config(recipe, overrides or []))}[/]")
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from x2l.config import RECIPES, shipped
+
+    for name in shipped():
+        first = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        console.print(f"[bold]{name}[/]  {first.lstrip('# ')}", highlight=False)
+
+
+@eval_app.command("caption")
+def eval_caption(
+    data: Annotated[str, typer.Argument(help="glob of shards or JSONL whose rows hold a photo and its captions")],
+    model: Model = "tiny",
+    out: Annotated[Path, typer.Option(help="run folder; a killed run goes on from here")] = Path("runs/eval-caption"),
+    control: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="also measure with: wrong-image, blank, no-image; may be repeated"),
+    ] = None,
+    lang: Annotated[str, typer.Option(help="language of the captions: en or zh")] = "en",
+    limit: Annotated[Optional[int], typer.Option(help="the first so many photos")] = None,  # noqa: UP045
+    num_beams: Annotated[int, typer.Option(help="1 = greedy")] = 3,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Caption photos and score them: BLEU-1..4, CIDEr, METEOR, with intervals; writes a page of 24 random photos.
+
+    Example:
+
+        x2l eval caption '../shared/data/flickr8k/test-*.tar' --control wrong-image --control blank
+    """
+    from x2l.assistant import Assistant
+    from x2l.data.sources import read_source
+    from x2l.eval.predict import predict
+    from x2l.eval.questions import caption as caption_questions
+    from x2l.eval.report import format_score, report
+    from x2l.eval.tasks import score
+
+    assistant = Assistant.load(model)
+    samples = caption_questions(read_source(data), lang)
+    decode: dict[str, Any] = {"max_new_tokens": 40, "num_beams": num_beams}
+    runs, columns = [], {}
+    for name in [None, *(control or [])]:
+        folder = predict(
+            assistant, samples, out / (name or "image"), task="caption", model_info=assistant.info(), decode=decode,
+            control=name, seed=seed, limit=limit, batch_size=batch_size, render=assistant.render,
+        )  # fmt: skip
+        runs.append(folder)
+        columns[name or "image"] = score(folder)
+    table = Table("score", *columns)
+    for metric in next(iter(columns.values()))["scores"]:
+        table.add_row(metric, *(format_score(result["scores"][metric]) for result in columns.values()))
+    table.add_row("coverage", *(f"{result['coverage']:.3f}" for result in columns.values()))
+    console.print(table)
+    console.print(f"records in {out}, page {report(runs, out / 'report.html')}")
