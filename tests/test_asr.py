@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from x2l.asr import CIFASR, Decoder
+from x2l.asr import CIFASR, Decoder, Recognizer, Spoken, import_moonshine, spoken_form
+from x2l.encoders.moonshine import MoonshineProcessor
 from x2l.modalities.speech import Listener
 from x2l.types import Features
 
@@ -33,7 +35,7 @@ def test_learns_a_handful_of_utterances_by_heart() -> None:
     optimizer = torch.optim.AdamW(asr.parameters(), lr=5e-3)
     first = float("nan")
     for step in range(100):
-        output = asr(features, tokens, lengths)
+        output = asr(Spoken(features, tokens, lengths))
         first = output.loss_sum.item() if step == 0 else first
         optimizer.zero_grad()
         (output.loss_sum / output.num_tokens).backward()
@@ -46,7 +48,7 @@ def test_learns_a_handful_of_utterances_by_heart() -> None:
 def test_every_parameter_of_the_plain_model_learns() -> None:
     asr = model()
     torch.nn.init.normal_(asr.listener.residual.weight, std=0.1)
-    output = asr(batch(24, 40), torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2]))
+    output = asr(Spoken(batch(24, 40), torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])))
     output.loss_sum.backward()
     assert [name for name, p in asr.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -54,12 +56,11 @@ def test_every_parameter_of_the_plain_model_learns() -> None:
 def test_loss_does_not_depend_on_the_batch() -> None:
     asr, features = model(), batch(24, 40, 7)
     tokens, lengths = torch.tensor([[1, 2, 3, 4], [4, 5, 6, 0], [6, 0, 0, 0]]), torch.tensor([4, 3, 1])
-    together = asr(features, tokens, lengths).loss_sum
-    alone = sum(
-        asr(Features(features.x[i : i + 1, :n], features.lengths[i : i + 1]), tokens[i : i + 1, :u], lengths[i : i + 1])
-        .loss_sum
-        for i, (n, u) in enumerate(zip((24, 40, 7), (4, 3, 1), strict=True))
-    )
+    together = asr(Spoken(features, tokens, lengths)).loss_sum
+    alone = torch.zeros(())
+    for i, (n, u) in enumerate(zip((24, 40, 7), (4, 3, 1), strict=True)):
+        one = Features(features.x[i : i + 1, :n], features.lengths[i : i + 1])
+        alone = alone + asr(Spoken(one, tokens[i : i + 1, :u], lengths[i : i + 1])).loss_sum
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
@@ -123,3 +124,51 @@ def test_a_context_that_the_decoder_cannot_read_is_refused() -> None:
     context = Features(torch.randn(1, 3, 5), torch.tensor([3]))
     with pytest.raises(ValueError, match="vision_width=5"):
         model().transcribe(batch(24), vision=context)
+
+
+def test_spoken_form() -> None:
+    assert spoken_form("It's 5 o’clock -- SAID Émile,  twice.") == "it's o'clock said émile twice"
+
+
+def test_an_imported_decoder_is_moonshines_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 6, "pad_token_id": 0}
+    heads = {f"{part}_num_{what}": 2 for part in ("encoder", "decoder") for what in ("hidden_layers", "attention_heads")}
+    torch.manual_seed(0)
+    theirs = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes, **heads)).eval()
+    decoder = Decoder(3, 32, 24, 2, num_blocks=2, dropout=0.0)
+    pieces = [b"<unk>", b"<s>", b"</s>", b"a", "\u2581".encode(), "\u2581a".encode()]
+    import_moonshine(theirs.state_dict(), pieces, ["a", " ", " a"], decoder)
+    frames, tokens = torch.randn(1, 9, 32), torch.tensor([[2, 0, 1, 2]])
+    # <s> and Moonshine's ids of our tokens
+    hidden = theirs.model.decoder(input_ids=torch.tensor([[1, 5, 3, 4, 5]]), encoder_hidden_states=frames).last_hidden_state
+    expected = theirs.proj_out(hidden)[..., [3, 4, 5]]
+    torch.testing.assert_close(decoder(tokens, Features(frames, torch.tensor([9]))), expected, atol=1e-5, rtol=1e-4)
+    assert decoder.embedding.weight[:3].equal(theirs.model.decoder.embed_tokens.weight[[3, 4, 5]])
+
+
+def test_a_token_that_moonshine_cannot_spell_is_refused() -> None:
+    state = {"model.decoder.embed_tokens.weight": torch.zeros(3, 16)}
+    with pytest.raises(ValueError, match="no Moonshine token begins b'x'"):
+        import_moonshine(state, [b"<unk>", b"<s>", b"a"], ["ax"], Decoder(1, 16, 16, 2, 6))
+
+
+def test_recognizer_cuts_long_audio_and_keeps_time() -> None:
+    class Frames(torch.nn.Module):
+        """One frame of 8 samples every 100."""
+
+        def forward(self, waves: torch.Tensor, lengths: torch.Tensor) -> Features:
+            return Features(waves.unfold(1, 100, 100)[..., :8], lengths // 100)
+
+    processor = MoonshineProcessor()
+    recognizer = Recognizer(Frames(), processor, model(), list("abcdefg"), 100 / 16_000, max_seconds=0.5)
+    rng = np.random.default_rng(0)
+    waves = [rng.standard_normal(n).astype(np.float32) for n in (30_000, 4_000, 7_999)]
+    results = recognizer.transcribe(waves)
+    for wave, tokens in zip(waves, results, strict=True):
+        times = [time for _, time in tokens]
+        assert times == sorted(times)
+        assert 0 < times[0] <= times[-1] <= len(wave) / 16_000
+        (alone,) = recognizer.transcribe([wave])
+        assert [text for text, _ in alone] == [text for text, _ in tokens]
+    assert results[0][-1][1] > 1.5

@@ -94,9 +94,7 @@ def test_what_is_no_waveform_is_refused(wrong: np.ndarray) -> None:
 
 def test_tokens_are_read_by_length_and_joined(tmp_path: Path) -> None:
     tokens = [b"<s>", "\u2581caf\u00e9".encode(), b"\xe2\x82", b"\xac", b"x" * 300]
-    blob = b"".join(
-        (bytes([len(t)]) if len(t) < 128 else bytes([len(t) % 128 + 128, len(t) // 128])) + t for t in tokens
-    )
+    blob = b"".join((bytes([len(t)]) if len(t) < 128 else bytes([len(t) % 128 + 128, len(t) // 128])) + t for t in tokens)
     (tmp_path / "tokenizer.bin").write_bytes(blob)
     assert read_tokens(tmp_path / "tokenizer.bin") == tokens
     assert detokenize(tokens, [0, 1, 2, 3]) == "caf\u00e9\u20ac"

@@ -9,15 +9,30 @@ Shape letters: N utterances, F frames, U tokens, K letters, V tokens of the voca
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x2l.encoders.conformer import Attention, valid_frames
+from x2l.encoders.moonshine import RATE, windows
 from x2l.modalities.speech import Listener
 from x2l.types import Features, Output
+
+
+class Spoken(NamedTuple):
+    """A batch of stage 1."""
+
+    features: Features  # (N, F, E) of the encoder
+    tokens: Tensor  # (N, U) right-padded transcripts, indices of the decoder's vocabulary
+    token_lengths: Tensor  # (N,), each at least 1
+    vision: Features | None = None  # (N, C, vision_width), a context of the multimodal decoder
+    text: Features | None = None  # (N, C, text_width), the other one
 
 
 @dataclass(frozen=True)
@@ -88,9 +103,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, bias=False)
 
-    def forward(
-        self, tokens: Tensor, heard: Features, vision: Features | None = None, text: Features | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, heard: Features, vision: Features | None = None, text: Features | None = None) -> Tensor:
         """Logits (N, U, V) of the tokens 0..U-1, given ``tokens`` (N, U - 1), the first ones, and CIF embeddings."""
         contexts = {"vision": self._context("vision", vision, heard), "text": self._context("text", text, heard)}
         x = self.embedding(F.pad(tokens, (1, 0), value=self.bos)) + self.fuse(heard.x[:, : tokens.shape[1] + 1])
@@ -136,21 +149,9 @@ class CIFASR(nn.Module):
         self.register_buffer("spelling", spelling)
         self.ctc_weight, self.quantity_weight, self.label_smoothing = ctc_weight, quantity_weight, label_smoothing
 
-    def forward(
-        self,
-        features: Features,
-        tokens: Tensor,
-        token_lengths: Tensor,
-        vision: Features | None = None,
-        text: Features | None = None,
-    ) -> Output:
-        """The stage's loss, summed over the tokens of the batch.
-
-        Args:
-            features: (N, F, E) of the encoder.
-            tokens: (N, U) right-padded transcripts; ``token_lengths`` (N,), each at least 1.
-            vision, text: (N, C, vision_width) and (N, C, text_width) contexts of the multimodal decoder.
-        """
+    def forward(self, batch: Spoken) -> Output:
+        """The stage's loss, summed over the tokens of the batch."""
+        features, tokens, token_lengths, vision, text = batch
         fired, hidden, lengths = self.listener.listen(features, token_lengths)
         valid = valid_frames(token_lengths, tokens.shape[1])
         logits = self.decoder(tokens[:, :-1], Features(fired.x, fired.lengths), vision, text)[valid]
@@ -189,9 +190,7 @@ class CIFASR(nn.Module):
             for i, count in enumerate(fired.lengths.tolist())
         ]
 
-    def _search(
-        self, heard: Features, num_beams: int, vision: Features | None, text: Features | None
-    ) -> tuple[Tensor, Tensor]:
+    def _search(self, heard: Features, num_beams: int, vision: Features | None, text: Features | None) -> tuple[Tensor, Tensor]:
         """The best beam of each utterance: tokens (N, U) and summed log-probability (N,)."""
         num_items, num_units, _ = heard.x.shape
         contexts = [c and Features(*(y.repeat_interleave(num_beams, 0) for y in c)) for c in (heard, vision, text)]
@@ -208,3 +207,105 @@ class CIFASR(nn.Module):
             row, token = best // gain.shape[-1], best % gain.shape[-1]
             tokens = torch.cat([tokens.gather(1, row[..., None].expand(-1, -1, step)), token[..., None]], -1)
         return tokens[:, 0], scores[:, 0]
+
+
+def spoken_form(text: str) -> str:
+    """A transcript as it is spoken: lower case, letters and apostrophes alone, words apart by one space."""
+    return " ".join(re.sub(r"[^\w' ]|[\d_]", " ", text.lower().replace("’", "'")).split())
+
+
+def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: list[str], decoder: Decoder) -> None:
+    """Start a decoder from Moonshine's (arXiv 2410.15608), which attends to frames where ours attends to embeddings.
+
+    The blocks are taken as they are; ``fuse`` starts at zero, so that an untrained decoder is Moonshine's own. Each of
+    our tokens starts from the mean embedding of the Moonshine tokens that spell it, longest first.
+
+    Args:
+        state: Moonshine's weights under the names of transformers.
+        pieces: Moonshine's tokens by id (`x2l.encoders.moonshine.read_tokens`), U+2581 for a space.
+        spellings: our tokens as text, by id.
+        decoder: as wide and deep as Moonshine's, with ``len(spellings)`` tokens.
+
+    Raises:
+        ValueError: a weight is missing or has another shape, or a token that Moonshine cannot spell.
+    """
+    table = state["model.decoder.embed_tokens.weight"]
+    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if not piece.startswith(b"<")}
+    rows = [table[_spell(text.replace(" ", "\u2581").encode(), ids)].mean(0) for text in spellings]
+    renamed = {"embedding.weight": torch.stack([*rows, table[1]]), "norm.weight": state["model.decoder.norm.weight"]}
+    renamed |= {name: torch.zeros_like(value) for name, value in decoder.state_dict().items() if name.startswith("fuse.")}
+    for name, value in state.items():
+        if name.startswith("model.decoder.layers."):
+            ours = "blocks." + name.removeprefix("model.decoder.layers.")
+            for theirs, own in MOONSHINE_NAMES.items():
+                ours = ours.replace(f".{theirs}.", f".{own}.")
+            renamed[ours] = value
+    own = {name: value.shape for name, value in decoder.state_dict().items() if ".context_" not in name}
+    wrong = sorted(
+        name
+        for name in own.keys() | renamed.keys()
+        if name not in own or name not in renamed or own[name] != renamed[name].shape
+    )
+    if wrong:
+        raise ValueError(f"not a Moonshine decoder of this shape, see {wrong[:8]}")
+    decoder.load_state_dict(renamed, strict=False)
+
+
+MOONSHINE_NAMES = {
+    "self_attn": "self_attention",
+    "encoder_attn": "cif_attention",
+    "input_layernorm": "self_norm",
+    "post_attention_layernorm": "cif_norm",
+    "final_layernorm": "ffn_norm",
+    "mlp.fc1": "ffn_in",
+    "mlp.fc2": "ffn_out",
+}
+
+
+def _spell(text: bytes, ids: dict[bytes, int]) -> list[int]:
+    """Ids of the pieces of ``text``, the longest first at each place."""
+    found, at = [], 0
+    while at < len(text):
+        end = next((end for end in range(len(text), at, -1) if text[at:end] in ids), None)
+        if end is None:
+            raise ValueError(f"no Moonshine token begins {text[at:]!r}")
+        found.append(ids[text[at:end]])
+        at = end
+    return found
+
+
+class Recognizer:
+    """Speech to text with time-stamps, of any length.
+
+    Args:
+        encoder, processor: the frozen encoder of stage 1.
+        asr: the trained model.
+        spellings: the text of each token.
+        seconds_per_frame: of the encoder.
+        max_seconds: longer audio is cut where it is quiet, and each piece transcribed alone.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        processor: Callable[[list[np.ndarray]], dict[str, Tensor]],
+        asr: CIFASR,
+        spellings: Sequence[str],
+        seconds_per_frame: float,
+        max_seconds: float = 20.0,
+    ) -> None:
+        self.encoder, self.processor, self.asr = encoder.eval(), processor, asr.eval()
+        self.spellings, self.seconds_per_frame, self.max_seconds = spellings, seconds_per_frame, max_seconds
+
+    @torch.inference_mode()
+    def transcribe(self, waves: Sequence[np.ndarray], num_beams: int = 1) -> list[list[tuple[str, float]]]:
+        """Each waveform (S,) float32 at 16 kHz to its tokens, with the second at which each was complete."""
+        pieces = [(i, piece) for i, wave in enumerate(waves) for piece in windows(wave, self.max_seconds)]
+        features = self.encoder(**self.processor([piece for _, piece in pieces]))
+        results: list[list[tuple[str, float]]] = [[] for _ in waves]
+        begins = [0.0] * len(waves)
+        for (i, piece), transcript in zip(pieces, self.asr.transcribe(features, num_beams), strict=True):
+            ends = [min(frame * self.seconds_per_frame, len(piece) / RATE) + begins[i] for frame in transcript.frames]
+            results[i] += zip([self.spellings[token] for token in transcript.tokens], ends, strict=True)
+            begins[i] += len(piece) / RATE
+        return results

@@ -131,9 +131,7 @@ class ConformerEncoder(nn.Module):
         self.width, self.pool_after = width, frozenset(pool_after)
         self.conv = nn.Conv2d(1, channels, 3, stride=2, padding=1)
         self.project = nn.Linear(channels * num_mels // 2, width)
-        self.blocks = nn.ModuleList(
-            ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks)
-        )
+        self.blocks = nn.ModuleList(ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks))
 
     def forward(self, mels: Tensor, lengths: Tensor) -> Features:
         """``mels`` (N, F, M) with ``lengths`` (N,) frames -> (N, ceil(F / 8), E)."""

@@ -119,9 +119,7 @@ class MoonshineTranscriber:
         threads: threads of onnxruntime, 0 = its own choice.
     """
 
-    def __init__(
-        self, encoder: Path, decoder: Path, tokenizer: Path, max_seconds: float = 20.0, threads: int = 0
-    ) -> None:
+    def __init__(self, encoder: Path, decoder: Path, tokenizer: Path, max_seconds: float = 20.0, threads: int = 0) -> None:
         self.encoder = MoonshineEncoder(encoder, max_seconds, threads)
         self._session = session(decoder, threads)
         self._tokens = read_tokens(tokenizer)

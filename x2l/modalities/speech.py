@@ -45,9 +45,7 @@ class Listener(nn.Module):
         super().__init__()
         self.width, self.stride = width, stride
         self.project = nn.Identity() if in_width == width else nn.Linear(in_width, width)
-        self.blocks = nn.ModuleList(
-            ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks)
-        )
+        self.blocks = nn.ModuleList(ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks))
         self.residual = nn.Linear(width, width)
         nn.init.zeros_(self.residual.weight)  # an untrained listener hands on the encoder's own frames
         nn.init.zeros_(self.residual.bias)
@@ -96,9 +94,7 @@ class FrozenListener(Listener):
         return super().forward(features)
 
 
-def interface(
-    encoder_width: int, llm_width: int, llm_std: float, listener: dict[str, Any], **cformer: Any
-) -> list[nn.Module]:
+def interface(encoder_width: int, llm_width: int, llm_std: float, listener: dict[str, Any], **cformer: Any) -> list[nn.Module]:
     """The speech interface.
 
     Args:
