@@ -146,6 +146,13 @@ def test_an_interrupted_conversion_starts_over(gguf_file, monkeypatch: pytest.Mo
     assert torch.equal(model.state_dict()["model.norm.weight"], expected["model.norm.weight"])
 
 
+def test_an_unwritable_cache_is_named(gguf_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("X2L_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match="set X2L_CACHE"):
+        load_llm(str(gguf_file[0]))
+
+
 def test_a_digest_that_differs_is_refused(gguf_file) -> None:
     with pytest.raises(ValueError, match="expected 0000"):
         load_llm(str(gguf_file[0]), sha256="0" * 64)

@@ -79,18 +79,27 @@ def _dequantised(gguf: Path, digest: str) -> Path:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{gguf}: neither a model folder nor a GGUF file")
     target = cache_dir() / "llm" / f"{gguf.stem}-{digest[:16]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(target.name + ".lock")):
-        if not target.exists():
-            log.info("dequantising %s once; later starts read %s", gguf.name, target)
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold the lock
-            _convert(gguf, partial)
-            for path in partial.iterdir():
-                with path.open("rb") as written:
-                    os.fsync(written.fileno())
-            os.replace(partial, target)
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(target.name + ".lock")):
+            if not target.exists():  # another process may have written it meanwhile
+                _write_folder(gguf, target)
+    except OSError as error:
+        raise ValueError(f"{gguf}: cannot write {target} ({error}); set X2L_CACHE elsewhere") from error
     return target
+
+
+def _write_folder(gguf: Path, target: Path) -> None:
+    log.info("dequantising %s once; later starts read %s", gguf.name, target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the caller holds the lock
+    _convert(gguf, partial)
+    for path in partial.iterdir():
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+    os.replace(partial, target)
 
 
 def _convert(gguf: Path, out: Path) -> None:
@@ -117,9 +126,7 @@ def _load(
             tokenizer = AutoTokenizer.from_pretrained(folder, **source)
             model = AutoModelForCausalLM.from_pretrained(folder, **source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(
-            f"{name}: transformers {transformers.__version__} cannot load it as a causal LM: {error}"
-        ) from error
+        raise ValueError(f"{name}: transformers {transformers.__version__} cannot load it as a causal LM: {error}") from error
     return model, tokenizer
 
 
