@@ -6,11 +6,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from x2l.interfaces.cif import CIF, cif, start, stream
 from x2l.types import Features
+
+quick = settings(deadline=None, max_examples=50)
 
 
 def slow_cif(x_FC: torch.Tensor, alpha_F: torch.Tensor, threshold: float = 0.5):
@@ -47,6 +49,7 @@ batches = st.builds(
 )
 
 
+@quick
 @given(batches)
 def test_equals_the_loop(batch):
     x, alpha, lengths = batch
@@ -63,6 +66,7 @@ def test_equals_the_loop(batch):
         torch.testing.assert_close(output.quantity[n], alpha[n, :length].sum(), atol=1e-4, rtol=0)
 
 
+@quick
 @given(batches, st.integers(0, 2**31))
 def test_weights_are_conserved(batch, seed):
     """With one-hot frames the embeddings are the weights themselves."""
@@ -80,6 +84,7 @@ def test_weights_are_conserved(batch, seed):
         assert (weights[n] >= 0).all()
 
 
+@quick
 @given(batches, st.integers(0, 2**31))
 def test_target_lengths_are_met_exactly(batch, seed):
     x, alpha, lengths = batch
@@ -95,6 +100,7 @@ def test_target_lengths_are_met_exactly(batch, seed):
         assert torch.allclose(output.quantity[n], alpha[n, :length].sum())  # of the unscaled weights
 
 
+@quick
 @given(batches)
 def test_an_utterance_does_not_see_the_batch(batch):
     x, alpha, lengths = batch
@@ -107,6 +113,7 @@ def test_an_utterance_does_not_see_the_batch(batch):
         assert torch.equal(together.fire_times[n, :num], alone.fire_times[0])
 
 
+@quick
 @given(batches)
 def test_fire_times_are_monotone_and_inside_the_audio(batch):
     x, alpha, lengths = batch
@@ -256,6 +263,7 @@ def cut(x: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
 cuttings = st.lists(st.integers(0, 40), max_size=12)
 
 
+@quick
 @given(st.integers(0, 2**31), st.integers(0, 40), st.sampled_from([0.0, 0.2, 1.0, 3.0]), cuttings)
 def test_stream_equals_batch_at_every_chunking(seed, num_frames, scale, cuts):
     generator = torch.Generator().manual_seed(seed)
@@ -335,6 +343,7 @@ def test_module_learns_the_quantity():
     assert (predictor.eval()(features).lengths - targets).abs().max() <= 1
 
 
+@quick
 @given(st.integers(0, 2**31), st.integers(0, 40), cuttings, st.sampled_from([1, 3, 5]))
 def test_module_stream_equals_batch_at_every_chunking(seed, num_frames, cuts, kernel):
     predictor = module(kernel=kernel)
