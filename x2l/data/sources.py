@@ -105,10 +105,12 @@ class JsonlRow(NamedTuple):
         with open(self.path, "rb") as file:
             fields = _parse(_read_at(file, self.offset, self.size))
         base = Path(self.path).parent
-        media = {ext: _read_file(base / name) for ext, name in fields.pop("media", {}).items()}
-        for part in _parts(fields):
-            if "path" in part:
+        try:
+            media = {ext: _read_file(base / name) for ext, name in fields.pop("media", {}).items()}
+            for part in _parts(fields):
                 part["path"] = str(base / part["path"])
+        except (AttributeError, TypeError) as error:
+            raise DataError(f"'media' maps extensions to file names, 'messages' is a list of objects: {error}") from error
         return Record(str(fields.get("id", fields.get("key", self.key))), fields, media)
 
 
@@ -256,9 +258,10 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Parts of a sample that name a file by its path."""
     for message in fields.get("messages", []):
-        content = message.get("content") if isinstance(message, dict) else None
-        yield from (part for part in content or [] if isinstance(part, dict))
+        content = message.get("content", [])
+        yield from (part for part in content if isinstance(part, dict) and "path" in part)
 
 
 def _parse(blob: bytes) -> dict[str, Any]:
@@ -281,9 +284,10 @@ def _read_at(file: Any, offset: int, size: int) -> bytes:
 
 def _read_file(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_MEDIA_BYTES:
-            raise DataError(f"{path} has {size} bytes, the limit is {MAX_MEDIA_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        with path.open("rb") as file:
+            blob = file.read(MAX_MEDIA_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if len(blob) > MAX_MEDIA_BYTES:
+        raise DataError(f"{path} is larger than {MAX_MEDIA_BYTES} bytes")
+    return blob
