@@ -1,7 +1,8 @@
-"""Q-Former: learned queries read a frozen encoder's features by cross-attention (BLIP-2, arXiv 2301.12597, section 3.1).
+"""Q-Former: learned queries read a frozen encoder's features by cross-attention (BLIP-2, arXiv 2301.12597, 3.1).
 
-Post-norm BERT blocks. Queries and an optional text share the self-attention and have separate feed-forward networks; only queries
-cross-attend. Shape suffixes: N items, Q queries, T text tokens, F features, E encoder width, C Q-Former width, H heads.
+Post-norm BERT blocks. Queries and an optional text share the self-attention and have separate feed-forward networks;
+only queries cross-attend. Shape suffixes: N items, Q queries, T text tokens, F features, E encoder width, C Q-Former
+width, H heads.
 """
 
 from __future__ import annotations
@@ -134,7 +135,11 @@ class QFormer(nn.Module):
         return Features(hidden, torch.full((n,), self.num_queries, device=hidden.device))
 
     def encode(
-        self, features: Features | None, text_NT: Tensor | None = None, self_mask: Tensor | None = None
+        self,
+        features: Features | None,
+        text_NT: Tensor | None = None,
+        self_mask: Tensor | None = None,
+        at_NT: Tensor | None = None,
     ) -> Tensor:
         """Run queries, text or both through the blocks: (N, Q + T, C), queries first.
 
@@ -142,6 +147,7 @@ class QFormer(nn.Module):
             features: encoder output; None runs the text alone (BLIP-2's unimodal text encoder).
             text_NT: token ids, or None.
             self_mask: boolean (N, Q + T, Q + T) or broadcastable, True = may attend; None = all to all.
+            at_NT: position of each token in its own text, for rows that hold several texts; None = 0, 1, ...
         """
         parts, feats, cross_mask = [], None, None
         if features is not None:
@@ -150,9 +156,11 @@ class QFormer(nn.Module):
             frames = torch.arange(feats.shape[1], device=feats.device)
             cross_mask = (frames < features.lengths[:, None].to(feats.device))[:, None, None]
         if text_NT is not None:
-            assert self.words is not None and self.positions is not None, "this Q-Former was built without text"
-            at = torch.arange(text_NT.shape[1], device=text_NT.device)
-            parts.append(self.words(text_NT) + self.positions(at))
+            if self.words is None or self.positions is None:
+                raise ValueError("a text for a Q-Former built without one: give it a vocab_size")
+            if at_NT is None:
+                at_NT = torch.arange(text_NT.shape[1], device=text_NT.device)
+            parts.append(self.words(text_NT) + self.positions(at_NT))
         x = F.dropout(self.norm(torch.cat(parts, dim=1)), self.dropout, self.training)
         if self_mask is not None:
             self_mask = self_mask[:, None]
@@ -195,8 +203,13 @@ BLIP2_NAMES = [
 def import_blip2(state: dict[str, Tensor], qformer: QFormer) -> list[str]:
     """Load BLIP-2 Q-Former weights, in Hugging Face's or LAVIS's layout, into ``qformer``.
 
-    Strict about what the Q-Former owns: every one of its tensors must be found, in its shape. Tensors of the checkpoint that a
-    Q-Former does not have (the vision model, projection heads, the LM head, text parts when ``qformer`` has none) are left out.
+    Strict about what the Q-Former owns: every one of its tensors must be found, in its shape. Tensors of the checkpoint
+    that a Q-Former does not have (the vision model, projection heads, the LM head, text parts when ``qformer`` has
+    none) are left out.
+
+    ``ln_vision`` lies outside the vision model in LAVIS and inside it, as ``post_layernorm``, in Hugging Face. Here it
+    is the Q-Former's, so a Hugging Face BLIP-2 encoder must give the states before it, or they are normalised twice:
+    build it with ``layer=-1`` (encoders/hf.py).
 
     Returns:
         The names in ``state`` that were not used, so that a caller can show them.
