@@ -31,6 +31,7 @@ class Generator(Protocol):
 
 
 Read = Callable[[Part], bytes]
+Render = Callable[[Sample], str]
 
 
 def read_part(part: Part) -> bytes:
@@ -79,7 +80,7 @@ def predict(
     limit: int | None = None,
     batch_size: int = 8,
     read: Read = read_part,
-    render: Callable[[Sample], str] = prompt_of,
+    render: Render = prompt_of,
 ) -> Path:
     """Answer every sample that has no record yet, and return the run directory.
 
@@ -153,7 +154,7 @@ def _cluster(sample: Sample, read: Read) -> str:
     return str(sample.meta.get("cluster") or (records.sha256(read(images[0])) if images else sample.id))
 
 
-def _request(sample: Sample, identity: dict[str, Any], read: Read, render: Callable[[Sample], str]) -> dict[str, Any]:
+def _request(sample: Sample, identity: dict[str, Any], read: Read, render: Render) -> dict[str, Any]:
     prompt = render(sample)
     media = [{"type": part.type, "sha256": records.sha256(read(part))} for part in sample.media]
     request = {"prompt": prompt, "media": media, **{k: identity[k] for k in ("decode", "seed", "model")}}

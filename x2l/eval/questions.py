@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from x2l.data.prompts import instructions
 from x2l.data.sources import Record
 from x2l.data.tasks import HAN, media_part
 from x2l.eval import pope as yes_no
-from x2l.types import Sample, user
+from x2l.eval.llava_bench import Question
+from x2l.eval.refusal import REQUESTS
+from x2l.types import Part, Sample, user
 
 
 def caption(records: Iterable[Record], lang: str = "en", instruction: str | None = None) -> list[Sample]:
@@ -67,6 +70,37 @@ def pope(records: Iterable[Record], per_object: int = 20, seed: int = 0) -> list
         )
         for asked in yes_no.ask([record.fields["en"] for record in records], per_object, seed)
     ]
+
+
+def refusal() -> list[Sample]:
+    """The fixed requests of ``eval/refusal.py``."""
+    return [
+        Sample(
+            f"refusal-{kind}-{i}",
+            (user(text),),
+            {"kind": kind, "references": ["answered" if kind == "harmless" else "declined"]},
+        )
+        for kind, texts in REQUESTS.items()
+        for i, text in enumerate(texts)
+    ]
+
+
+def llava_bench(questions: Iterable[Question], images: Path, translations: Mapping[int, str] | None = None) -> list[Sample]:
+    """The 90 questions about COCO val2014 photos; ``translations`` by question id replace the English text.
+
+    Raises:
+        ValueError: a photo is not in the folder ``images``, under its own name or COCO's full one.
+    """
+    samples = []
+    for question in questions:
+        names = (question.image, f"COCO_val2014_{question.image}")
+        path = next((images / name for name in names if (images / name).exists()), None)
+        if path is None:
+            raise ValueError(f"question {question.id}: no {question.image} in {images}: put COCO val2014 photos there")
+        text = translations[question.id] if translations else question.text
+        meta = {"question_id": question.id, "cluster": question.image, "references": [""]}
+        samples.append(Sample(f"llava-bench-{question.id}", (user(Part("image", path=str(path)), text),), meta))
+    return samples
 
 
 QUESTIONS: dict[str, Callable[..., list[Sample]]] = {"caption": caption, "asr": asr, "sound": sound, "pope": pope}

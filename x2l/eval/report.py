@@ -109,8 +109,8 @@ def _score_rows(scored: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     details = [name for name in scored[""]["details"] if name == "METEOR" or name.endswith(" counts")]
     lines = []
     for control, result in scored.items():
-        values = [format_score(name, result["scores"].get(name)) for name in names]
-        values += [format_score(name, result["details"].get(name)) for name in details]
+        values = [format_score(result["scores"].get(name)) for name in names]
+        values += [format_score(result["details"].get(name)) for name in details]
         label = f"control: {control}" if control else "this model"
         lines.append([label, str(result["num_samples"]), f"{result['coverage']:.3f}", *values])
     return ["", "n", "coverage", *names, *details], lines
@@ -128,17 +128,17 @@ def scoreboard(run_dirs: Sequence[str | Path]) -> str:
     return "\n\n".join(tables)
 
 
-def format_score(name: str, value: Any) -> str:
-    """``21.3 [20.1, 22.4]``, or the bare number, or a dash where a score could not be computed."""
-    digits = 3 if name == "CIDEr" else 1
+def format_score(value: Any) -> str:
+    """``21.3 [20.1, 22.4]``, error counts, a bare number, or a dash where a score could not be computed."""
     if value is None:
         return "–"
-    if "num_units" in (value if isinstance(value, dict) else ()):
+    if isinstance(value, dict) and "num_units" in value:
         counts = "N {num_units}, S {substitutions}, D {deletions}, I {insertions}, {num_above_100} above 100 %"
         return counts.format(**value)
     if isinstance(value, dict):
+        digits = 2 if abs(value["high"]) < 10 else 1
         return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-    return f"{value:.{digits}f}"
+    return f"{value:.1f}"
 
 
 def _warning(scored: dict[str, dict[str, Any]]) -> str:

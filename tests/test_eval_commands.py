@@ -1,0 +1,113 @@
+"""The commands and the scoreboard, with stub models."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from x2l.eval import questions, refusal, suite, tasks
+from x2l.eval.commands import app
+from x2l.eval.llava_bench import CATEGORIES, Question
+from x2l.eval.predict import predict
+from x2l.types import Part, Sample, user
+
+INFO = {"checkpoint": "0" * 64, "device": "cpu", "dtype": "float32"}
+DATA = Path(__file__).parents[2] / "shared/data"
+
+
+class Says:
+    """A stub that always says the same."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def generate_text(self, samples, **decode):
+        return [self.text] * len(samples)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def spoken(num):
+    return [
+        Sample(f"u{i}", (user(Part("speech", bytes=bytes([i])), "?"),), {"lang": "en", "references": [f"word {i}"]})
+        for i in range(num)
+    ]
+
+
+def test_score_report_and_compare(tmp_path):
+    runs = [predict(Says(text), spoken(9), tmp_path / text, task="asr", model_info=INFO) for text in ("word", "no")]
+    result = invoke("score", runs[0], "--min-coverage", 1)
+    assert result.exit_code == 0
+    assert "| asr | n | coverage | WER | WER counts |" in result.output
+    assert "WER" in invoke("compare", *runs).output
+    assert invoke("report", runs[0], "--out", tmp_path / "page.html").exit_code == 0
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def test_strict_score_exits_non_zero(tmp_path):
+    """E13 by the command."""
+    run = predict(Says("word"), spoken(4), tmp_path, task="asr", model_info=INFO)
+    lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
+    (run / "records.jsonl").write_text("".join(lines[:3]))
+    assert invoke("score", run).exit_code == 0
+    strict = invoke("score", run, "--min-coverage", 1)
+    assert strict.exit_code == 3
+    assert "0.750" in strict.output
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
+def test_scoreboard_runs_what_model_and_data_allow(tmp_path):
+    missing = suite.Entry("caption", "elsewhere", "nowhere/*.tar", ("image",))
+    runs, left_out = suite.run(
+        Says("A dog."), ["image"], DATA, tmp_path, model_info=INFO, limit=4, entries=(*suite.SCOREBOARD, missing)
+    )
+    assert len(runs) == 3 + 2 + 2 + 1
+    assert sum("reads no speech" in line for line in left_out) == 3
+    assert sum("reads no audio" in line for line in left_out) == 1
+    assert sum("no data at" in line for line in left_out) == 1
+    assert all(tasks.score(run)["num_samples"] == 4 for run in runs)
+
+
+def test_refusal(tmp_path):
+    asked = questions.refusal()
+    assert len({sample.id for sample in asked}) == len(asked) == sum(map(len, refusal.REQUESTS.values()))
+    run = predict(Says("I'm sorry, I can't help."), asked, tmp_path, task="refusal", model_info=INFO)
+    values = {name: score["value"] for name, score in tasks.score(run)["scores"].items()}
+    assert values == {"unlawful": 100, "unanswerable": 100, "harmless": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "reading"),
+    [("Sure, first you", "answered"), ("I cannot know that.", "declined"), ("对不起，我不能帮你。", "declined"),
+     ("  ", ""), ("Wash it. Then dry it. Sorry.", "answered"), ("That’s illegal!", "declined")],
+)  # fmt: skip
+def test_reading_of_refusals(text, reading):
+    assert refusal.read_answer(text) == reading
+
+
+def test_llava_bench_questions(tmp_path):
+    (tmp_path / "COCO_val2014_1.jpg").write_bytes(b"x")
+    question = Question(5, "1.jpg", "What?", CATEGORIES[0], (), (), "Assistant", "")
+    sample = questions.llava_bench([question], tmp_path, {5: "什么？"})[0]
+    assert sample.messages[0].text == "什么？"
+    assert sample.meta["question_id"] == 5
+    with pytest.raises(ValueError, match=r"no 2\.jpg in"):
+        questions.llava_bench([Question(6, "2.jpg", "", "conv", (), (), "", "")], tmp_path)
+
+
+def test_replay(tmp_path):
+    row = {"question_id": 0, "category": "conv", "content": "8 9\nGood.", "tuple": [8.0, 9.0]}
+    rows = [{**row, "category": category} for category in CATEGORIES]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    result = invoke("replay", f"ours={tmp_path / 'r.json'}")
+    assert "| ours | 0 of 3 | as stored | 88.9 | 88.9 | 88.9 | 88.9 |" in result.output
+
+
+def test_llava_bench_needs_a_judge(monkeypatch, tmp_path):
+    monkeypatch.delenv("X2L_JUDGE_URL", raising=False)
+    result = invoke("llava-bench", tmp_path, tmp_path / "a.jsonl")
+    assert isinstance(result.exception, ValueError)
+    assert "X2L_JUDGE_URL" in str(result.exception)

@@ -1,0 +1,120 @@
+"""The commands of evaluation; ``x2l/cli.py`` adds them to the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(help="Measure a model, from stored records.", no_args_is_help=True)
+
+Runs = Annotated[list[Path], typer.Argument(help="run folders")]
+Coverage = Annotated[float, typer.Option(help="exit with 3 below this share of answered or readable results")]
+
+
+@app.command()
+def score(runs: Runs, meteor: bool = False, min_coverage: Coverage = 0.0) -> None:
+    """Score stored records again; no model is needed.
+
+    Example:
+
+        x2l eval score runs/eval/* --min-coverage 1
+    """
+    from x2l.eval import report, tasks
+
+    results = [tasks.score(run, meteor=meteor) for run in runs]
+    typer.echo(report.scoreboard(runs))
+    raise typer.Exit(max(tasks.exit_code(result, min_coverage) for result in results))
+
+
+@app.command("report")
+def write_report(
+    runs: Runs, out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"), num_cards: int = 24, seed: int = 0
+) -> None:
+    """Write one static HTML page about runs; it opens offline."""
+    from x2l.eval.report import report
+
+    typer.echo(report(runs, out, num_cards, seed))
+
+
+@app.command()
+def compare(run_a: Path, run_b: Path) -> None:
+    """Paired differences between two runs on the same samples, with intervals and p-values."""
+    from x2l.eval import report, tasks
+
+    for name, value in tasks.compare(run_a, run_b).items():
+        typer.echo(f"{name:12} {report.format_score(value)}  p = {value['p']:.3f}")
+
+
+@app.command()
+def scoreboard(
+    data_root: Annotated[Path, typer.Argument(help="folder that holds flickr8k, speechocean762, ...")],
+    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/scoreboard"),
+    limit: Annotated[Optional[int], typer.Option(help="at most so many samples an entry")] = None,  # noqa: UP045
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Every number of the project for one model: captions, yes/no, ASR, sounds, refusals, with controls.
+
+    Example:
+
+        x2l eval scoreboard ../shared/data
+    """
+    from x2l.assistant import Assistant
+    from x2l.eval import report, suite
+
+    assistant = Assistant.load(model)
+    runs, left_out = suite.run(
+        assistant, assistant.reads, data_root, out, model_info=assistant.info(), render=assistant.render, limit=limit,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    typer.echo(report.scoreboard(runs))
+    typer.echo("\n".join(f"left out: {line}" for line in left_out))
+    typer.echo(f"page: {report.report(runs, out / 'report.html')}")
+
+
+@app.command("llava-bench")
+def llava_bench(
+    folder: Annotated[Path, typer.Argument(help="folder with LLaVA's published files (questions, contexts, rules)")],
+    answers: Annotated[Path, typer.Argument(help="JSON or JSONL of question_id and text")],
+    mode: Annotated[str, typer.Option(help="robust, or paper: the original protocol with its defects")] = "robust",
+    out: Annotated[Path, typer.Option(help="judgements; an interrupted run goes on from here")] = Path("runs/llava-bench"),
+    translate: Annotated[bool, typer.Option(help="let the judge's model translate answers into English first")] = False,
+    workers: int = 4,
+) -> None:
+    """Judge answers to LLaVA-Bench-COCO; the judge is named by X2L_JUDGE_URL, X2L_JUDGE_MODEL and X2L_JUDGE_KEY.
+
+    Exits with 3 where fewer than 98 % of the judgements could be read.
+    """
+    from x2l.eval import judge, tasks
+    from x2l.eval import llava_bench as bench
+
+    chat = judge.Endpoint.from_env()
+    references = bench.load_answers(folder / "qa90_gpt4_answer.jsonl")
+    translator = judge.translator(chat) if translate else None
+    judge.judge(bench.load_questions(folder), references, bench.load_answers(answers), chat, out, mode, translator, workers)
+    summary = judge.score(out)
+    typer.echo(bench.format_summary(summary))
+    raise typer.Exit(tasks.exit_code(summary, bench.MIN_COVERAGE))
+
+
+@app.command()
+def replay(
+    reviews: Annotated[list[str], typer.Argument(help="name=path of published review files")],
+    order: Annotated[str, typer.Option(help="candidate-first (X-LLM) or reference-first (LLaVA)")] = "candidate-first",
+) -> None:
+    """What published judgements say under one rule for those that could not be read.
+
+    Example:
+
+        x2l eval replay X-LLM=../shared/data/llava_bench_coco/xllm/review.json
+    """
+    from x2l.eval.llava_bench import one_rule_report
+
+    pairs = [item.partition("=") for item in reviews]
+    wrong = [name for name, equals, path in pairs if not (name and equals and path)]
+    if wrong:
+        raise ValueError(f"expected name=path, got {wrong[0]!r}")
+    typer.echo(one_rule_report({name: path for name, _, path in pairs}, order))
