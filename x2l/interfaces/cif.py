@@ -206,7 +206,7 @@ def _integrate(x_NFC: Tensor, edges: Tensor, lengths_N: Tensor, threshold: float
     unit_U = torch.arange(num_units, device=edges.device)
     with torch.no_grad():
         # The frame in which embedding j completes; num_frames where none does.
-        fired_NU = torch.searchsorted(edges, (unit_U + 1.0).expand(num_items, -1).contiguous()) - 1
+        fired_NU = torch.searchsorted(edges, (unit_U + 1).double().expand(num_items, -1).contiguous()) - 1
         floor = edges.long()
         frame_offsets, unit_offsets = _staircase(fired_NU, floor, counts_N, lengths_N + fires_N)
         frame_P = torch.repeat_interleave(frame_offsets.diff())
