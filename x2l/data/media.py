@@ -87,9 +87,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_audio(
-    source: bytes | str | Path, rate: int = SAMPLE_RATE, max_seconds: float = 600.0
-) -> NDArray[np.float32]:
+def decode_audio(source: bytes | str | Path, rate: int = SAMPLE_RATE, max_seconds: float = 600.0) -> NDArray[np.float32]:
     """Decode a sound file, or the sound track of a video, to mono float32 in [-1, 1] at ``rate`` Hz; shape (samples,).
 
     Decoding stops at ``max_seconds``, whatever the header claims; channels are averaged.
@@ -109,6 +107,21 @@ def decode_audio(
     if not np.isfinite(sound).all():
         raise MediaError("the sound holds values that are not finite")
     return sound
+
+
+def check_video(source: bytes | str | Path) -> None:
+    """Decode the first frame of a video, of at most ``MAX_PIXELS``; MediaError if there is none."""
+    blob = _load(source)
+    try:
+        with av.open(io.BytesIO(blob), "r", format=_container(blob) or "matroska") as container:
+            video = container.streams.video[0]
+            if video.width * video.height > MAX_PIXELS:
+                raise MediaError(f"the video has {video.width} x {video.height} pixels, the limit is {MAX_PIXELS} in all")
+            next(container.decode(video))
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"not a readable video ({type(error).__name__})") from error
 
 
 Blocks = Iterator[tuple[NDArray[np.float32], int]]  # mono samples and their rate

@@ -106,7 +106,7 @@ class JsonlRow(NamedTuple):
             fields = _parse(_read_at(file, self.offset, self.size))
         base = Path(self.path).parent
         try:
-            media = {ext: _read_file(base / name) for ext, name in fields.pop("media", {}).items()}
+            media = {ext: read_file(base / name) for ext, name in fields.pop("media", {}).items()}
             for part in _parts(fields):
                 part["path"] = str(base / part["path"])
         except (AttributeError, TypeError) as error:
@@ -282,7 +282,8 @@ def _read_at(file: Any, offset: int, size: int) -> bytes:
     return blob
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A media file of bounded size, or DataError."""
     try:
         with path.open("rb") as file:
             blob = file.read(MAX_MEDIA_BYTES + 1)

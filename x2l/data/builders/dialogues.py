@@ -1,0 +1,75 @@
+"""Conversations about images: VisDial, LLaVA-Instruct, MiniGPT-4's aligned descriptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from x2l.data.builders.entry import Bad, Entries, Entry, checked, key_of, read_json
+
+PLACE = "<image>"
+IMAGE = {"type": "image", "key": "jpg"}
+
+
+def visdial(root: Path, split: str) -> Entries:
+    """VisDial v1.0: ``visdial_1.0_<split>.json`` (train, val) and COCO's ``train2014``/``val2014`` or ``VisualDial_val2018``.
+
+    One sample a dialogue, ten questions; the caption is in ``fields["caption"]``.
+    """
+    data = read_json(root / f"visdial_1.0_{split}.json")["data"]
+    questions, answers = data["questions"], data["answers"]
+    for dialog in data["dialogs"]:
+        number, key = dialog["image_id"], f"visdial{dialog['image_id']}"
+        try:
+            turns = [(f"{questions[turn['question']]}?", answers[turn["answer"]]) for turn in dialog["dialog"]]
+        except (KeyError, IndexError, TypeError) as error:
+            yield Bad(key, f"a turn points to no question or answer: {error!r}")
+            continue
+        if not turns or not all(checked(text) for turn in turns for text in turn):
+            yield Bad(key, "an empty question or answer")
+            continue
+        fields = {"id": key, "messages": _messages(turns), "caption": dialog["caption"], "source": "visdial",
+                  "licence": "CC-BY-4.0"}  # fmt: skip
+        yield Entry(key, fields, {"jpg": _coco2014(root, number)})
+
+
+def _coco2014(root: Path, number: int) -> Path:
+    names = ["train2014/COCO_train2014", "val2014/COCO_val2014", "VisualDial_val2018/VisualDial_val2018"]
+    places = [root / f"{name}_{number:012d}.jpg" for name in names]
+    return next((path for path in places if path.exists()), places[0])
+
+
+def _messages(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The image, then question and answer in turn."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        text = {"type": "text", "text": question}
+        messages.append({"role": "user", "content": [text] if messages else [IMAGE, text]})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def llava_instruct(root: Path, split: str) -> Entries:
+    """LLaVA-Instruct: ``<split>.json``, as ``llava_instruct_150k``, and COCO's ``train2017``."""
+    for i, row in enumerate(read_json(root / f"{split}.json")):
+        key = f"{row.get('id', i)}-{i}" if isinstance(row, dict) else str(i)
+        texts = [turn.get("value") for turn in row.get("conversations", [])] if isinstance(row, dict) else []
+        speakers = [turn.get("from") for turn in row.get("conversations", [])] if isinstance(row, dict) else []
+        if not texts or speakers != ["human", "gpt"] * (len(texts) // 2) or not all(checked(text) for text in texts):
+            yield Bad(key, "expected human and gpt in turn, none of them empty")
+            continue
+        clean = [text.replace(PLACE, "").strip() for text in texts]
+        turns = list(zip(clean[::2], clean[1::2], strict=True))
+        fields = {"id": key, "messages": _messages(turns), "source": "llava-instruct", "licence": "CC-BY-NC-4.0"}
+        yield Entry(key_of(key), fields, {"jpg": root / "train2017" / Path(row["image"]).name})
+
+
+def minigpt4(root: Path, split: str) -> Entries:
+    """MiniGPT-4's aligned set (cc_sbu_align): ``filter_cap.json`` and ``image/<id>.jpg``; no splits."""
+    for row in read_json(root / "filter_cap.json")["annotations"]:
+        name = str(row.get("image_id"))
+        if checked(row.get("caption")):
+            fields = {"en": [row["caption"].strip()], "source": "minigpt-4", "licence": "BSD-3-Clause; links of CC and SBU"}
+            yield Entry(f"minigpt4-{key_of(name)}", fields, {"jpg": root / "image" / f"{name}.jpg"})
+        else:
+            yield Bad(name, "no caption")
