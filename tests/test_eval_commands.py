@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import picture, tiny_model
 from typer.testing import CliRunner
 
+from x2l.assistant import Assistant
+from x2l.build import build
+from x2l.config import load_model_config
 from x2l.eval import questions, refusal, suite, tasks
 from x2l.eval.commands import app
-from x2l.eval.llava_bench import CATEGORIES, Question
+from x2l.eval.llava_bench import CATEGORIES, Question, load_answers
 from x2l.eval.predict import predict
+from x2l.eval.report import report
 from x2l.types import Part, Sample, user
 
 INFO = {"checkpoint": "0" * 64, "device": "cpu", "dtype": "float32"}
@@ -111,3 +116,46 @@ def test_llava_bench_needs_a_judge(monkeypatch, tmp_path):
     result = invoke("llava-bench", tmp_path, tmp_path / "a.jsonl")
     assert isinstance(result.exception, ValueError)
     assert "X2L_JUDGE_URL" in str(result.exception)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
+def test_overlap():
+    result = invoke("overlap", DATA / "fsdd/train-*.tar", DATA / "fsdd/test-*.tar", "--normalizer", "en")
+    assert result.output.startswith("100.0 % of ")  # ten words only
+
+
+def test_answers_from_a_run_folder(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(picture((9, 9, 9)))
+    asked = questions.llava_bench([Question(5, "1.jpg", "What?", CATEGORIES[0], (), (), "Assistant", "")], tmp_path)
+    run = predict(Says(" A cat. "), asked, tmp_path / "run", task="open", model_info=INFO)
+    assert load_answers(run) == {5: " A cat. "}
+    assert "A cat." in report([run], tmp_path / "page.html").read_text()
+
+
+def test_greedy_text_does_not_depend_on_the_batch(tmp_path, llm_folder):
+    """E16, on a tiny random model in fp32: lengths mixed, rows with and without a photo."""
+    recipe = tmp_path / "model.yaml"
+    recipe.write_text(json.dumps(tiny_model(llm_folder)))
+    assistant = Assistant(build(load_model_config(str(recipe), [])))
+    asked = [
+        Sample(
+            f"q{i}",
+            (user(*([Part("image", bytes=picture((16 * i, 0, 90)))] if i % 3 else []), "Why? " * (1 + i % 7)),),
+            {"references": ["x"]},
+        )
+        for i in range(16)
+    ]
+    texts = {
+        size: [
+            row["raw"]
+            for row in tasks.results(
+                predict(
+                    assistant, asked, tmp_path / str(size), task="qa", model_info=assistant.info(), batch_size=size,
+                    decode={"max_new_tokens": 12}, render=assistant.render,
+                )
+            )
+        ]
+        for size in (1, 4, 16)
+    }  # fmt: skip
+    assert texts[1] == texts[4] == texts[16]
+    assert len(set(texts[1])) > 8

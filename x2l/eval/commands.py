@@ -75,10 +75,35 @@ def scoreboard(
     typer.echo(f"page: {report.report(runs, out / 'report.html')}")
 
 
+@app.command("llava-answers")
+def llava_answers(
+    folder: Annotated[Path, typer.Argument(help="folder with LLaVA's published files")],
+    images: Annotated[Path, typer.Argument(help="folder with the COCO val2014 photos")],
+    translations: Annotated[Optional[Path], typer.Option(help="JSON of question_id and text_zh: ask in Chinese")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
+    out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/llava-answers"),
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+) -> None:
+    """Answer LLaVA-Bench-COCO; hand the run folder to ``llava-bench`` for judgement."""
+    from x2l.assistant import Assistant
+    from x2l.eval import llava_bench, predict, questions
+
+    assistant = Assistant.load(model)
+    chinese = llava_bench.load_answers(translations, "text_zh") if translations else None
+    asked = questions.llava_bench(llava_bench.load_questions(folder), images, chinese)
+    typer.echo(
+        predict.predict(
+            assistant, asked, out, task="open", dataset="LLaVA-Bench-COCO", model_info=assistant.info(),
+            decode={"max_new_tokens": max_new_tokens}, batch_size=batch_size, render=assistant.render,
+        )
+    )  # fmt: skip
+
+
 @app.command("llava-bench")
 def llava_bench(
     folder: Annotated[Path, typer.Argument(help="folder with LLaVA's published files (questions, contexts, rules)")],
-    answers: Annotated[Path, typer.Argument(help="JSON or JSONL of question_id and text")],
+    answers: Annotated[Path, typer.Argument(help="run folder, or JSON or JSONL of question_id and text")],
     mode: Annotated[str, typer.Option(help="robust, or paper: the original protocol with its defects")] = "robust",
     out: Annotated[Path, typer.Option(help="judgements; an interrupted run goes on from here")] = Path("runs/llava-bench"),
     translate: Annotated[bool, typer.Option(help="let the judge's model translate answers into English first")] = False,
@@ -118,3 +143,19 @@ def replay(
     if wrong:
         raise ValueError(f"expected name=path, got {wrong[0]!r}")
     typer.echo(one_rule_report({name: path for name, _, path in pairs}, order))
+
+
+@app.command()
+def overlap(
+    train: Annotated[str, typer.Argument(help="glob of training shards or JSONL")],
+    test: Annotated[str, typer.Argument(help="glob of test shards or JSONL")],
+    field: Annotated[str, typer.Option(help="the text to compare, after normalisation")] = "text",
+    normalizer: str = "zh",
+) -> None:
+    """Share of test texts that training has seen: what a score may owe to memory."""
+    from x2l.data.sources import read_source
+    from x2l.eval import metrics, normalize
+
+    normalise = normalize.preset(normalizer)
+    seen, asked = [[normalise(record.fields[field]) for record in read_source(spec)] for spec in (train, test)]
+    typer.echo(f"{100 * metrics.overlap(seen, asked):.1f} % of {len(asked)} test texts occur among {len(seen)} in training")

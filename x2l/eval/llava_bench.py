@@ -19,6 +19,7 @@ import numpy as np
 
 from x2l.eval import bootstrap
 from x2l.eval.metrics import relative_score
+from x2l.eval.tasks import results
 
 CATEGORIES = ("conv", "detail", "complex")
 ORDERS = ("reference-first", "candidate-first")  # LLaVA's, and that of the X-LLM authors
@@ -64,9 +65,12 @@ def load_questions(folder: str | Path) -> list[Question]:
     return questions
 
 
-def load_answers(path: str | Path) -> dict[int, str]:
-    """Answers by question id, in file order, from JSONL or a JSON list of ``question_id`` and ``text``."""
-    return {row["question_id"]: row["text"] for row in _rows(Path(path))}
+def load_answers(path: str | Path, field: str = "text") -> dict[int, str]:
+    """Answers by question id, in file order: a run folder, JSONL, or a JSON list of ``question_id`` and ``field``."""
+    path = Path(path)
+    if path.is_dir():
+        return {row["meta"]["question_id"]: row["raw"] or "" for row in results(path)}
+    return {row["question_id"]: row[field] for row in _rows(path)}
 
 
 def judge_message(question: Question, first: str, second: str) -> str:

@@ -1,7 +1,7 @@
 """Prediction: ask a model once, store everything; scoring reads the records and needs no model.
 
 A run directory holds ``task.jsonl`` (what was asked of whom, with references), ``records.jsonl`` (what came back),
-``run.json`` (the manifest) and ``media/`` (thumbnails of the images that the model saw).
+``run.json`` (the manifest) and ``media/`` (what the model saw and heard, small).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from x2l.eval.tasks import find
 from x2l.types import Part, Sample
 
 THUMBNAIL = 192  # pixels of the longer side
+MAX_SOUND_BYTES = 200_000  # longer sounds are not kept for the report
 
 
 class Generator(Protocol):
@@ -126,7 +127,7 @@ def predict(
                 for (_, row), raw in zip(batch, answers, strict=True)
             ]
             for sample, _ in batch:
-                _store_thumbnails(sample, out_dir / "media", read)
+                _store_media(sample, out_dir / "media", read)
             records.append(out_dir / "records.jsonl", rows)
             bar.update(len(batch))
     return out_dir
@@ -186,15 +187,16 @@ def _claim(out_dir: Path, identity: dict[str, Any], plan: list[dict[str, Any]], 
     records.write_json(manifest, {**identity, **about})
 
 
-def _store_thumbnails(sample: Sample, folder: Path, read: Read) -> None:
+def _store_media(sample: Sample, folder: Path, read: Read) -> None:
+    """What a report shows: images as thumbnails, short sounds as they are."""
     folder.mkdir(exist_ok=True)
     for part in sample.media:
-        if part.type != "image":
-            continue
         content = read(part)
-        path = folder / f"{records.sha256(content)}.jpg"
-        if not path.exists():
+        name = folder / records.sha256(content)
+        if part.type == "image" and not name.with_suffix(".jpg").exists():
             with Image.open(io.BytesIO(content)) as image:
                 small = image.convert("RGB")
                 small.thumbnail((THUMBNAIL, THUMBNAIL))
-                small.save(path, "JPEG", quality=80)
+                small.save(name.with_suffix(".jpg"), "JPEG", quality=80)
+        elif part.type in ("speech", "audio") and len(content) <= MAX_SOUND_BYTES:
+            name.with_suffix(".sound").write_bytes(content)

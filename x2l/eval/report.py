@@ -33,7 +33,7 @@ table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding
 td:first-child,th:first-child{text-align:left}.cards{display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(19rem,1fr))}
 .card{border:1px solid #ddd;border-radius:6px;padding:.7rem;font-size:13px}
-.card img{max-width:100%;display:block}
+.card img,.card audio{max-width:100%;display:block}
 .answer{font-weight:600}.control{color:#a33}.reference{color:#555}small{color:#777}pre{overflow:auto;font-size:12px}
 """
 
@@ -82,16 +82,26 @@ def _section(task: str, runs: dict[str, Path], num_cards: int, seed: int) -> str
     rows = {control: {row["id"]: row for row in results(run_dir)} for control, run_dir in runs.items()}
     ids = list(rows[""])
     drawn = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[:num_cards]]
-    name, values = per_sample(runs[""])
-    worst = [ids[i] for i in np.argsort(values if name in LOWER_IS_BETTER else -values)[::-1][: num_cards // 3]]
     manifest = json.dumps(records.read_json(runs[""] / "run.json"), ensure_ascii=False, indent=2)
     return (
-        f"<h2>{escape(scored['']['dataset'] or task)}</h2>{_table(scored)}{_warning(scored)}"
-        f"{_plot(name, scored, values)}"
+        f"<h2>{escape(task)}</h2>{_table(scored)}{_warning(scored)}"
         f"<h3>{len(drawn)} of {len(ids)} samples, drawn with seed {seed}</h3>{_cards(drawn, rows, runs)}"
-        f"<h3>The worst by {escape(name)}</h3>{_cards(worst, rows, runs)}"
+        f"{_spread(scored, rows, runs, num_cards // 3)}"
         f"<details><summary>Run manifest</summary><pre>{escape(manifest)}</pre></details>"
     )
+
+
+def _spread(
+    scored: dict[str, dict[str, Any]], rows: dict[str, dict[str, dict[str, Any]]], runs: dict[str, Path], num_worst: int
+) -> str:
+    """The plot and the worst samples, where the task has a score."""
+    name, values = per_sample(runs[""])
+    if not name:
+        return ""
+    ids = list(rows[""])
+    order = np.argsort(-values if name in LOWER_IS_BETTER else values)
+    worst = [ids[i] for i in order[:num_worst]]
+    return f"{_plot(name, scored, values)}<h3>The worst by {escape(name)}</h3>{_cards(worst, rows, runs)}"
 
 
 def _table(scored: dict[str, dict[str, Any]]) -> str:
@@ -124,7 +134,9 @@ def scoreboard(run_dirs: Sequence[str | Path]) -> str:
         scored = {"": scored.get("") or next(iter(scored.values())), **scored}
         header, lines = _score_rows(scored)
         rows = [[scored[""]["dataset"] or task, *header[1:]], ["---"] * len(header), *lines]
-        tables.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        commits = {records.read_json(run / "run.json")["git_commit"] for run in runs.values()}
+        table = [f"| {' | '.join(row)} |" for row in rows]
+        tables.append("\n".join([*table, "", f"Commit {', '.join(sorted(str(c)[:12] for c in commits))}."]))
     return "\n\n".join(tables)
 
 
@@ -177,14 +189,14 @@ def _cards(ids: list[str], rows: dict[str, dict[str, dict[str, Any]]], runs: dic
 
 def _card(sample_id: str, rows: dict[str, dict[str, dict[str, Any]]], runs: dict[str, Path]) -> str:
     row = rows[""][sample_id]
-    pictures = "".join(_picture(runs[""], part["sha256"]) for part in row["media"] if part["type"] == "image")
+    media = "".join(_shown(runs[""], part) for part in row["media"])
     lines = [f"<small>{escape(sample_id)} · {escape(row['prompt'])}</small>", _line("answer", row["raw"])]
     for control in sorted(rows.keys() - {""}):
         other = rows[control].get(sample_id)
         if other is not None:
             lines.append(_line("control", other["raw"], f"{control}: "))
     lines += [_line("reference", text) for text in row["references"]]
-    return f"<div class=card>{pictures}{''.join(lines)}</div>"
+    return f"<div class=card>{media}{''.join(lines)}</div>"
 
 
 def _line(kind: str, text: str | None, label: str = "") -> str:
@@ -192,9 +204,15 @@ def _line(kind: str, text: str | None, label: str = "") -> str:
     return f"<div class={kind}>{escape(label + shown)}</div>"
 
 
-def _picture(run_dir: Path, sha256: str) -> str:
-    path = run_dir / "media" / f"{sha256}.jpg"
-    return _image("jpeg", path.read_bytes()) if path.exists() else ""
+def _shown(run_dir: Path, part: dict[str, str]) -> str:
+    path = run_dir / "media" / f"{part['sha256']}{'.jpg' if part['type'] == 'image' else '.sound'}"
+    if not path.exists():
+        return ""
+    content = path.read_bytes()
+    if part["type"] == "image":
+        return _image("jpeg", content)
+    kind = {b"OggS": "ogg", b"fLaC": "flac", b"RIFF": "wav"}.get(content[:4], "mpeg")
+    return f'<audio controls src="data:audio/{kind};base64,{base64.b64encode(content).decode()}"></audio>'
 
 
 def _image(kind: str, content: bytes) -> str:

@@ -109,6 +109,7 @@ TASKS: dict[str, Task] = {
     "qa": Task(_short_answer, _match_stats),
     "sound": Task(_short_answer, _match_stats),
     "pope": Task(lambda raw, meta: pope.read_answer(raw), _yes_no_stats),
+    "open": Task(lambda raw, meta: raw.strip(), lambda hypotheses, rows: {}),  # scored by a judge, eval/judge.py
     "refusal": Task(lambda raw, meta: refusal.read_answer(raw), _refusal_stats),
 }
 
@@ -179,12 +180,12 @@ def stored_score(run_dir: str | Path) -> Row:
 
 
 def per_sample(run_dir: str | Path) -> tuple[str, np.ndarray]:
-    """The name of the task's first score, and that score for each sample alone (NaN where it has none)."""
+    """The score by which samples are ranked, and its value for each sample alone (NaN: none); "" for a task without."""
     rows = results(run_dir)
     name = records.read_json(Path(run_dir) / "run.json")["task"]
     stats = find(name).stats(_hypotheses(name, rows), rows)
-    first = FIRST_SCORE.get(name) or next(iter(stats))
-    return first, stats[first].statistic(stats[first].rows)
+    first = FIRST_SCORE.get(name) or next(iter(stats), "")
+    return first, stats[first].statistic(stats[first].rows) if first else np.full(len(rows), np.nan)
 
 
 def compare(run_a: str | Path, run_b: str | Path, seed: int = 0) -> dict[str, Row]:
