@@ -109,7 +109,7 @@ def validate(spec: str | Sequence[str], progress: bool = True) -> Report:
         digest = _digest(record)
         if record.media and first.setdefault(digest, record.key) != record.key:
             report.duplicates.append((record.key, first[digest]))
-        report.media.update(record.media)
+        report.media.update(list(record.media))
         report.languages.update(language(text) for text in texts)
         report.licences[str(record.fields.get("licence", "not stated"))] += 1
     return report
