@@ -13,6 +13,7 @@ from typing import Any
 
 VERSION = "x2l-1"  # raise it whenever any output changes
 
+LATIN = "A-Za-z\u00c0-\u024f"
 FILLERS = {
     "en": ("uh", "uhh", "um", "umm", "eh", "er", "erm", "ah", "hm", "hmm", "mm", "mhm", "huh"),
     "zh": tuple("呃啊嗯哦唉诶"),
@@ -99,7 +100,7 @@ def preset(name: str) -> Normalizer:
 
 
 def _strip_punctuation(text: str) -> str:
-    text = re.sub(r"(?<=[^\W\d_])[’'](?=[^\W\d_])", "\0", text)  # an apostrophe inside a word is part of it
+    text = re.sub(rf"(?<=[{LATIN}])[’'](?=[{LATIN}])", "\0", text)  # an apostrophe inside a word is part of it
     kept = (" " if unicodedata.category(char)[0] in "PS" else char for char in text)
     return "".join(kept).replace("\0", "'")
 
