@@ -23,7 +23,7 @@ def test_models(name: str) -> None:
     assert cfg.modalities
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if "image" in name])
+@pytest.mark.parametrize("name", [name for name in STAGES if name.endswith("stage2_image")])
 def test_image_stages_step_twice(
     name: str, llm_folder: Path, photo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 """Q-Former: learned queries read a frozen encoder's features by cross-attention (BLIP-2, arXiv 2301.12597, 3.1).
 
-Post-norm BERT blocks. Queries and an optional text share the self-attention and have separate feed-forward networks;
-only queries cross-attend. Shape suffixes: N items, Q queries, T text tokens, F features, E encoder width, C Q-Former
-width, H heads.
+BERT blocks, post-norm as published or pre-norm. Queries and an optional text share the self-attention and have separate
+feed-forward networks; only queries cross-attend. Shape suffixes: N items, Q queries, T text tokens, F features, E encoder
+width, C Q-Former width, H heads.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ LN_EPS = 1e-12  # BERT's
 
 
 class Attention(nn.Module):
-    """Multi-head attention, output projection, residual and post-norm, as in BERT."""
+    """Multi-head attention, output projection, residual and norm: after the sum as in BERT, or before the attention."""
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None, dropout: float = 0.1):
+    def __init__(
+        self, width: int, heads: int, context_width: int | None = None, dropout: float = 0.1, pre_norm: bool = False
+    ):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by heads {heads}")
@@ -31,45 +33,49 @@ class Attention(nn.Module):
         self.value = nn.Linear(context_width or width, width)
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
-        self.dropout = dropout
+        self.dropout, self.pre_norm = dropout, pre_norm
 
     def forward(self, x_NQC: Tensor, context_NFE: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``mask`` is boolean, broadcastable to (N, H, Q, F), True where attention is allowed."""
-        context = x_NQC if context_NFE is None else context_NFE
-        q, k, v = (self._split(p) for p in (self.query(x_NQC), self.key(context), self.value(context)))
+        h = self.norm(x_NQC) if self.pre_norm else x_NQC
+        context = h if context_NFE is None else context_NFE
+        q, k, v = (self._split(p) for p in (self.query(h), self.key(context), self.value(context)))
         drop = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        y = self.out(y.transpose(1, 2).flatten(2))
-        return self.norm(x_NQC + F.dropout(y, self.dropout, self.training))
+        y = x_NQC + F.dropout(self.out(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return y if self.pre_norm else self.norm(y)
 
     def _split(self, x_NQC: Tensor) -> Tensor:
         return x_NQC.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU, residual and post-norm, as in BERT."""
+    """Two linear layers with GELU, residual and norm, after the sum or before the layers."""
 
-    def __init__(self, width: int, dropout: float = 0.1):
+    def __init__(self, width: int, dropout: float = 0.1, pre_norm: bool = False):
         super().__init__()
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
-        self.dropout = dropout
+        self.dropout, self.pre_norm = dropout, pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.down(F.gelu(self.up(x)))
-        return self.norm(x + F.dropout(y, self.dropout, self.training))
+        y = self.down(F.gelu(self.up(self.norm(x) if self.pre_norm else x)))
+        y = x + F.dropout(y, self.dropout, self.training)
+        return y if self.pre_norm else self.norm(y)
 
 
 class Block(nn.Module):
     """Self-attention over queries and text, cross-attention and one FFN for queries, another FFN for text."""
 
-    def __init__(self, width: int, heads: int, encoder_width: int | None, text: bool, dropout: float):
+    def __init__(
+        self, width: int, heads: int, encoder_width: int | None, text: bool, dropout: float, pre_norm: bool = False
+    ):
         super().__init__()
-        self.attention = Attention(width, heads, dropout=dropout)
-        self.cross = Attention(width, heads, encoder_width, dropout) if encoder_width else None
-        self.ffn = FeedForward(width, dropout)
-        self.text_ffn = FeedForward(width, dropout) if text else None
+        self.attention = Attention(width, heads, None, dropout, pre_norm)
+        self.cross = Attention(width, heads, encoder_width, dropout, pre_norm) if encoder_width else None
+        self.ffn = FeedForward(width, dropout, pre_norm)
+        self.text_ffn = FeedForward(width, dropout, pre_norm) if text else None
 
     def forward(
         self, x: Tensor, num_queries: int, feats_NFE: Tensor | None, self_mask: Tensor | None, cross_mask: Tensor | None
@@ -100,6 +106,8 @@ class QFormer(nn.Module):
         vocab_size: a text vocabulary for stage-1 pretraining (blip2.py); 0 = queries alone.
         max_text: longest text, in tokens.
         dropout: in attention, residuals and on the queries.
+        pre_norm: norm before each sublayer, and Xavier weights. From scratch on little data this learns where the
+            published post-norm makes all queries alike (dev/LOG.md); BLIP-2's weights are post-norm.
     """
 
     def __init__(
@@ -113,6 +121,7 @@ class QFormer(nn.Module):
         vocab_size: int = 0,
         max_text: int = 512,
         dropout: float = 0.1,
+        pre_norm: bool = False,
     ):
         super().__init__()
         self.out_width, self.num_queries = width, num_queries
@@ -123,10 +132,11 @@ class QFormer(nn.Module):
         self.words = nn.Embedding(vocab_size, width) if vocab_size else None
         self.positions = nn.Embedding(max_text, width) if vocab_size else None
         self.blocks = nn.ModuleList(
-            Block(width, heads, encoder_width if i % cross_every == 0 else None, bool(vocab_size), dropout)
+            Block(width, heads, encoder_width if i % cross_every == 0 else None, bool(vocab_size), dropout, pre_norm)
             for i in range(depth)
         )
-        self.apply(_init_bert)
+        self.last_norm = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.apply(_init_xavier if pre_norm else _init_bert)
 
     def forward(self, features: Features) -> Features:
         """(N, F, E) with lengths -> (N, Q, C); every item becomes exactly Q embeddings."""
@@ -167,7 +177,13 @@ class QFormer(nn.Module):
         num_queries = 0 if features is None else self.num_queries
         for block in self.blocks:
             x = block(x, num_queries, feats, self_mask, cross_mask)
-        return x
+        return self.last_norm(x)
+
+
+def _init_xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def _init_bert(module: nn.Module) -> None:
