@@ -292,5 +292,5 @@ def test_the_name_of_a_published_set_is_refused_for_a_part(tmp_path):
 def test_scoreboard(tmp_path):
     run = predict(Looker(), photo_samples(3), tmp_path, task="caption", model_info=INFO, dataset="three photos")
     lines = scoreboard([run]).splitlines()
-    assert lines[0].startswith("| three photos | n | coverage | BLEU-1 |")
+    assert lines[0].startswith("| caption three photos | n | coverage | BLEU-1 |")
     assert lines[2].startswith("| this model | 3 | 1.000 | 100.0 [100.0, 100.0] |")

@@ -18,9 +18,9 @@ import numpy as np
 from x2l.eval import records
 from x2l.eval.tasks import LOWER_IS_BETTER, per_sample, results, solved_blind, stored_score
 
-# Rows of others to stand beside, by task. Figures as printed in the papers, on the full test sets.
-PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
-    "caption": {
+# Rows of others to stand beside, by task and language. Figures as printed in the papers, on the full test sets.
+PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
+    ("caption", "en"): {
         "Google NIC (2015), Flickr8k test": {"BLEU-1": 63},
         "Show, Attend and Tell, soft (2015), Flickr8k test": {"BLEU-4": 19.5},
         "Show, Attend and Tell, hard (2015), Flickr8k test": {"BLEU-1": 67, "BLEU-4": 21.3, "METEOR": 20.3},
@@ -108,15 +108,17 @@ def _table(scored: dict[str, dict[str, Any]]) -> str:
     """One row for each run and each published system, one column for each score."""
     header, lines = _score_rows(scored)
     cells = [_cells("th", header), *(_cells("td", line) for line in lines)]
-    for system, published in PUBLISHED.get(scored[""]["task"], {}).items():
+    plain = scored[""]
+    for system, published in PUBLISHED.get((plain["task"], "+".join(plain["langs"])), {}).items():
         values = (f"{published[name]:g}" if name in published else "" for name in header[3:])
         cells.append(_cells("td", [system, "", "", *values]))
-    return f"<table>{''.join(cells)}</table><small>[..] = 95 % bootstrap interval, resampled by image</small>"
+    return f"<table>{''.join(cells)}</table><small>[..] = 95 % bootstrap interval, resampled by image or speaker</small>"
 
 
 def _score_rows(scored: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    names = list(scored[""]["scores"])
-    details = [name for name in scored[""]["details"] if name == "METEOR" or name.endswith(" counts")]
+    first = next(iter(scored.values()))
+    names = list(first["scores"])
+    details = [name for name in first["details"] if name == "METEOR" or name.endswith(" counts")]
     lines = []
     for control, result in scored.items():
         values = [format_score(result["scores"].get(name)) for name in names]
@@ -131,9 +133,8 @@ def scoreboard(run_dirs: Sequence[str | Path]) -> str:
     tables = []
     for task, runs in group(run_dirs).items():
         scored = {control: stored_score(run_dir) for control, run_dir in sorted(runs.items())}
-        scored = {"": scored.get("") or next(iter(scored.values())), **scored}
         header, lines = _score_rows(scored)
-        rows = [[scored[""]["dataset"] or task, *header[1:]], ["---"] * len(header), *lines]
+        rows = [[task, *header[1:]], ["---"] * len(header), *lines]
         commits = {records.read_json(run / "run.json")["git_commit"] for run in runs.values()}
         table = [f"| {' | '.join(row)} |" for row in rows]
         tables.append("\n".join([*table, "", f"Commit {', '.join(sorted(str(c)[:12] for c in commits))}."]))

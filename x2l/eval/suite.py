@@ -30,20 +30,21 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     controls: tuple[str, ...] = ()
     num: int = 10_000
-    max_new_tokens: int = 48
+    decode: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 48})
 
 
+BEAMS = {"max_new_tokens": 40, "num_beams": 3}
 SCOREBOARD = (
     Entry("caption", "Flickr8k (en), part of test", "flickr8k/test-*.tar", ("image",),
-          controls=("wrong-image", "blank")),
+          controls=("wrong-image", "blank"), decode=BEAMS),
     Entry("caption", "Flickr8k (zh), part of test", "flickr8k/test-*.tar", ("image",), {"lang": "zh"},
-          controls=("wrong-image",)),
+          controls=("wrong-image",), decode=BEAMS),
     Entry("pope", "objects in Flickr8k captions", "flickr8k/test-*.tar", ("image",),
-          controls=("wrong-image",), max_new_tokens=8),
+          controls=("wrong-image",), decode={"max_new_tokens": 8}),
     Entry("asr", "speechocean762 (en)", "speechocean762/test-*.tar", ("speech",), {"cluster": "spk"}, num=300),
     Entry("asr", "AISHELL-1 sample (zh)", "aishell-sample/test-*.tar", ("speech",)),
-    Entry("asr", "spoken digits (en)", "fsdd/test-*.tar", ("speech",), max_new_tokens=8),
-    Entry("sound", "ESC-10, fold 5", "esc10/test-*.tar", ("audio",), max_new_tokens=16),
+    Entry("asr", "spoken digits (en)", "fsdd/test-*.tar", ("speech",), decode={"max_new_tokens": 8}),
+    Entry("sound", "ESC-10, fold 5", "esc10/test-*.tar", ("audio",), decode={"max_new_tokens": 16}),
     Entry("refusal", "requests to decline"),
 )  # fmt: skip
 
@@ -84,7 +85,7 @@ def run(
             name = "".join(char if char.isalnum() else "-" for char in f"{entry.task} {entry.dataset} {control or ''}")
             folder = predict(
                 model, asked, Path(out) / name.strip("-"), task=entry.task, dataset=entry.dataset, control=control,
-                model_info=model_info, decode={"max_new_tokens": entry.max_new_tokens}, seed=seed,
+                model_info=model_info, decode=entry.decode, seed=seed,
                 batch_size=batch_size, render=render,
             )  # fmt: skip
             runs.append(folder)

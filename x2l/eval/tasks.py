@@ -139,7 +139,7 @@ def results(run_dir: str | Path) -> list[Row]:
 def score(run_dir: str | Path, seed: int = 0, meteor: bool = False) -> Row:
     """Score a run from its records, write ``scores.json`` beside them, and return it.
 
-    The result holds ``task``, ``control``, ``dataset``, ``num_samples``, ``coverage`` (share of samples with an answer;
+    The result holds ``task``, ``control``, ``dataset``, ``langs``, ``num_samples``, ``coverage`` (share of samples with an answer;
     the missing ones count as empty), ``scores`` with intervals and ``details``. Raw outputs are normalised anew, so a
     better normaliser needs no new run. ``meteor`` adds METEOR to the details of captions: it takes Java and a minute.
 
@@ -157,6 +157,7 @@ def score(run_dir: str | Path, seed: int = 0, meteor: bool = False) -> Row:
     metrics.check_label(manifest["dataset"], len(rows), sum(counts) if counts else None)
     result = {
         **{key: manifest[key] for key in ("task", "control", "dataset")},
+        "langs": sorted({row["meta"].get("lang", "en") for row in rows}),
         "num_samples": len(rows),
         "coverage": sum(text is not None for text in hypotheses) / len(rows),
         "scores": {
