@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from x2l.asr import CIFASR, Decoder, Recognizer, Spoken, import_moonshine, spoken_form
+from x2l.asr import CIFASR, Decoder, Spoken, import_moonshine
 from x2l.encoders.moonshine import MoonshineProcessor
-from x2l.modalities.speech import Listener
-from x2l.types import Features
+from x2l.match import Matcher
+from x2l.modalities.speech import Listener, interface
+from x2l.modality import Modality
+from x2l.recognizer import Recognizer, Vocabulary, spoken_form
+from x2l.types import Features, Media
 
 VOCAB, WIDTH = 7, 16
 SPELLING = torch.tensor([[1, 0, 0], [2, 0, 0], [3, 0, 0], [1, 2, 0], [2, 3, 0], [3, 1, 2], [3, 3, 0]])
 
 
-def model(seed: int = 0, **contexts: int) -> CIFASR:
+def model(seed: int = 0, encoder: torch.nn.Module | None = None, **contexts: int) -> CIFASR:
     torch.manual_seed(seed)
     listener = Listener(8, WIDTH, num_blocks=1, ffn_width=16, num_heads=2, kernel=3, dropout=0.0, rate=0.3)
     decoder = Decoder(VOCAB, WIDTH, 16, 2, num_blocks=6, dropout=0.0, **contexts)
-    return CIFASR(listener, decoder, SPELLING)
+    return CIFASR(encoder or torch.nn.Identity(), listener, decoder, SPELLING)
 
 
 def batch(*num_frames: int) -> Features:
@@ -35,7 +38,7 @@ def test_learns_a_handful_of_utterances_by_heart() -> None:
     optimizer = torch.optim.AdamW(asr.parameters(), lr=5e-3)
     first = float("nan")
     for step in range(100):
-        output = asr(Spoken(features, tokens, lengths))
+        output = asr(Spoken(Media(features=features), tokens, lengths))
         first = output.loss_sum.item() if step == 0 else first
         optimizer.zero_grad()
         (output.loss_sum / output.num_tokens).backward()
@@ -48,7 +51,7 @@ def test_learns_a_handful_of_utterances_by_heart() -> None:
 def test_every_parameter_of_the_plain_model_learns() -> None:
     asr = model()
     torch.nn.init.normal_(asr.listener.residual.weight, std=0.1)
-    output = asr(Spoken(batch(24, 40), torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])))
+    output = asr(Spoken(Media(features=batch(24, 40)), torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])))
     output.loss_sum.backward()
     assert [name for name, p in asr.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -56,11 +59,11 @@ def test_every_parameter_of_the_plain_model_learns() -> None:
 def test_loss_does_not_depend_on_the_batch() -> None:
     asr, features = model(), batch(24, 40, 7)
     tokens, lengths = torch.tensor([[1, 2, 3, 4], [4, 5, 6, 0], [6, 0, 0, 0]]), torch.tensor([4, 3, 1])
-    together = asr(Spoken(features, tokens, lengths)).loss_sum
+    together = asr(Spoken(Media(features=features), tokens, lengths)).loss_sum
     alone = torch.zeros(())
     for i, (n, u) in enumerate(zip((24, 40, 7), (4, 3, 1), strict=True)):
         one = Features(features.x[i : i + 1, :n], features.lengths[i : i + 1])
-        alone = alone + asr(Spoken(one, tokens[i : i + 1, :u], lengths[i : i + 1])).loss_sum
+        alone = alone + asr(Spoken(Media(features=one), tokens[i : i + 1, :u], lengths[i : i + 1])).loss_sum
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
@@ -161,7 +164,7 @@ def test_recognizer_cuts_long_audio_and_keeps_time() -> None:
             return Features(waves.unfold(1, 100, 100)[..., :8], lengths // 100)
 
     processor = MoonshineProcessor()
-    recognizer = Recognizer(Frames(), processor, model(), list("abcdefg"), 100 / 16_000, max_seconds=0.5)
+    recognizer = Recognizer(model(encoder=Frames()), processor, list("abcdefg"), 100 / 16_000, max_seconds=0.5)
     rng = np.random.default_rng(0)
     waves = [rng.standard_normal(n).astype(np.float32) for n in (30_000, 4_000, 7_999)]
     results = recognizer.transcribe(waves)
@@ -172,3 +175,59 @@ def test_recognizer_cuts_long_audio_and_keeps_time() -> None:
         (alone,) = recognizer.transcribe([wave])
         assert [text for text, _ in alone] == [text for text, _ in tokens]
     assert results[0][-1][1] > 1.5
+
+
+class Words:
+    """A tokenizer of a few words, in the manner of Hugging Face's."""
+
+    texts = (" a", " cat", "s", " Dog", " it", "'s", "é")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return ["".join(self.texts[i] for i in row) for row in rows]
+
+    def decode(self, row: list[int]) -> str:
+        return self.batch_decode([row])[0]
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = []
+        while text:
+            i = next(i for i, piece in enumerate(self.texts) if text.startswith(piece))
+            ids.append(i)
+            text = text[len(self.texts[i]) :]
+        return {"input_ids": ids}
+
+
+def test_vocabulary_keeps_the_llms_tokens_and_spells_them() -> None:
+    vocabulary = Vocabulary.of(Words())
+    assert vocabulary.token_ids == [0, 1, 2, 4, 5]
+    letters = " 'acist"
+    expected = ["".join(letters[i - 1] for i in row if i) for row in vocabulary.spelling.tolist()]
+    assert expected == vocabulary.texts
+    assert vocabulary.encode(Words(), "IT'S A Cats!") == [3, 4, 0, 1, 2]
+    for wrong in ("a é", "..."):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            vocabulary.encode(Words(), wrong)
+
+
+def test_matching_learns_the_llms_own_embeddings() -> None:
+    torch.manual_seed(0)
+    table = 0.1 * torch.randn(VOCAB, 24)
+    layers = interface(8, 24, 0.1, listener={"width": WIDTH, "num_blocks": 0, "rate": 0.3}, width=WIDTH, depth=1, heads=2)
+    matcher = Matcher(Modality(torch.nn.Identity(), layers), table)
+    features = batch(24, 40, 31)
+    counted = layers[0](features).lengths
+    tokens = torch.randint(VOCAB, (3, int(counted.max()) + 2))
+    told = Spoken(Media(features=features), tokens, counted + torch.tensor([0, 0, 1]))  # the last one is miscounted
+    optimizer = torch.optim.AdamW([p for p in matcher.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(60):
+        output = matcher(told)
+        assert output.num_tokens == int(counted[:2].sum())
+        optimizer.zero_grad()
+        output.loss_sum.backward()
+        optimizer.step()
+    assert output.logs["accuracy"] == 1.0
+    heard = matcher.eval().modality(told.media).x[0, 0]
+    assert (heard - table[tokens[0, 0]]).norm() < table[tokens[0, 0]].norm() / 2

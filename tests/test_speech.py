@@ -124,3 +124,21 @@ def test_moonshine_transcribes() -> None:
     assert rate == RATE
     text = moonshine.build_transcriber(threads=1).transcribe(wave)
     assert text.lower().startswith("ever tried, ever failed")
+
+
+@pytest.mark.network
+def test_a_decoder_imported_from_moonshine_writes_what_moonshine_writes() -> None:
+    import soundfile
+
+    pytest.importorskip("onnx")
+    from x2l.asr import Decoder, import_moonshine
+    from x2l.encoders import moonshine
+    from x2l.weights import resolve
+
+    words = ["Ever", " tried", ",", " ever", " failed", ".", " cat"]
+    decoder = Decoder(len(words), 288, 1152, 8, 6).eval()
+    import_moonshine(*moonshine.decoder_weights(), words, decoder)
+    wave, _ = soundfile.read(resolve(f"{moonshine.ASSETS.removesuffix('/tiny-en')}/beckett.wav"), dtype="float32")
+    frames = moonshine.build(threads=1)[0](**MoonshineProcessor()([wave[: 3 * RATE]]))
+    said = torch.tensor([[0, 1, 2, 3, 4]])
+    assert decoder(said[:, :-1], frames).argmax(-1).tolist()[0][1:] == [1, 2, 3, 4]

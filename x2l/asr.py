@@ -9,26 +9,22 @@ Shape letters: N utterances, F frames, U tokens, K letters, V tokens of the voca
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x2l.encoders.conformer import Attention, valid_frames
-from x2l.encoders.moonshine import RATE, windows
 from x2l.modalities.speech import Listener
-from x2l.types import Features, Output
+from x2l.types import Features, Media, Output
 
 
 class Spoken(NamedTuple):
     """A batch of stage 1."""
 
-    features: Features  # (N, F, E) of the encoder
+    media: Media  # the encoder's inputs, or its features (N, F, E)
     tokens: Tensor  # (N, U) right-padded transcripts, indices of the decoder's vocabulary
     token_lengths: Tensor  # (N,), each at least 1
     vision: Features | None = None  # (N, C, vision_width), a context of the multimodal decoder
@@ -126,6 +122,7 @@ class CIFASR(nn.Module):
     """Listener, CTC head over letters, and decoder.
 
     Args:
+        encoder: trained here too if the recipe says so; not run where a batch brings its features.
         listener: encoder frames to CIF embeddings.
         decoder: CIF embeddings to tokens.
         spelling: (V, K) letters of each token, 1-based, right-padded with 0: the CTC targets (0 is CTC's blank).
@@ -136,6 +133,7 @@ class CIFASR(nn.Module):
 
     def __init__(
         self,
+        encoder: nn.Module,
         listener: Listener,
         decoder: Decoder,
         spelling: Tensor,
@@ -144,14 +142,15 @@ class CIFASR(nn.Module):
         label_smoothing: float = 0.1,
     ) -> None:
         super().__init__()
-        self.listener, self.decoder = listener, decoder
+        self.encoder, self.listener, self.decoder = encoder, listener, decoder
         self.ctc_head = nn.Linear(listener.width, int(spelling.max()) + 1)
         self.register_buffer("spelling", spelling)
         self.ctc_weight, self.quantity_weight, self.label_smoothing = ctc_weight, quantity_weight, label_smoothing
 
     def forward(self, batch: Spoken) -> Output:
         """The stage's loss, summed over the tokens of the batch."""
-        features, tokens, token_lengths, vision, text = batch
+        media, tokens, token_lengths, vision, text = batch
+        features = self.encoder(**media.inputs) if media.features is None else media.features
         fired, hidden, lengths = self.listener.listen(features, token_lengths)
         valid = valid_frames(token_lengths, tokens.shape[1])
         logits = self.decoder(tokens[:, :-1], Features(fired.x, fired.lengths), vision, text)[valid]
@@ -207,11 +206,6 @@ class CIFASR(nn.Module):
             row, token = best // gain.shape[-1], best % gain.shape[-1]
             tokens = torch.cat([tokens.gather(1, row[..., None].expand(-1, -1, step)), token[..., None]], -1)
         return tokens[:, 0], scores[:, 0]
-
-
-def spoken_form(text: str) -> str:
-    """A transcript as it is spoken: lower case, letters and apostrophes alone, words apart by one space."""
-    return " ".join(re.sub(r"[^\w' ]|[\d_]", " ", text.lower().replace("’", "'")).split())
 
 
 def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: list[str], decoder: Decoder) -> None:
@@ -272,40 +266,3 @@ def _spell(text: bytes, ids: dict[bytes, int]) -> list[int]:
         found.append(ids[text[at:end]])
         at = end
     return found
-
-
-class Recognizer:
-    """Speech to text with time-stamps, of any length.
-
-    Args:
-        encoder, processor: the frozen encoder of stage 1.
-        asr: the trained model.
-        spellings: the text of each token.
-        seconds_per_frame: of the encoder.
-        max_seconds: longer audio is cut where it is quiet, and each piece transcribed alone.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        processor: Callable[[list[np.ndarray]], dict[str, Tensor]],
-        asr: CIFASR,
-        spellings: Sequence[str],
-        seconds_per_frame: float,
-        max_seconds: float = 20.0,
-    ) -> None:
-        self.encoder, self.processor, self.asr = encoder.eval(), processor, asr.eval()
-        self.spellings, self.seconds_per_frame, self.max_seconds = spellings, seconds_per_frame, max_seconds
-
-    @torch.inference_mode()
-    def transcribe(self, waves: Sequence[np.ndarray], num_beams: int = 1) -> list[list[tuple[str, float]]]:
-        """Each waveform (S,) float32 at 16 kHz to its tokens, with the second at which each was complete."""
-        pieces = [(i, piece) for i, wave in enumerate(waves) for piece in windows(wave, self.max_seconds)]
-        features = self.encoder(**self.processor([piece for _, piece in pieces]))
-        results: list[list[tuple[str, float]]] = [[] for _ in waves]
-        begins = [0.0] * len(waves)
-        for (i, piece), transcript in zip(pieces, self.asr.transcribe(features, num_beams), strict=True):
-            ends = [min(frame * self.seconds_per_frame, len(piece) / RATE) + begins[i] for frame in transcript.frames]
-            results[i] += zip([self.spellings[token] for token in transcript.tokens], ends, strict=True)
-            begins[i] += len(piece) / RATE
-        return results

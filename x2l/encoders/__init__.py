@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x2l.encoders import efficientnet, hf, onnx, optional
+from x2l.encoders import conformer, efficientnet, hf, moonshine, onnx, optional
 
 Build = Callable[..., tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]]
 
@@ -21,6 +21,8 @@ ENCODERS: dict[str, Build] = {
     "vision": hf.build_vision,
     "speech": hf.build_speech,
     "whisper_ct2": hf.build_whisper_ct2,
+    "moonshine": moonshine.build,
+    "conformer": conformer.build,
     "onnx": onnx.build,
     "timm": optional.build_timm,
     "open_clip": optional.build_open_clip,

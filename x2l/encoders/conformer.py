@@ -9,10 +9,13 @@ Shape letters: N utterances, F frames, M mel bins, C channels, E width, H heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x2l.encoders.fbank import FbankProcessor, SpecAugment
 from x2l.types import Features
 
 
@@ -104,7 +107,7 @@ class ConformerBlock(nn.Module):
 
 
 class ConformerEncoder(nn.Module):
-    """Mel features to width E at 1/8 of their rate; the defaults are the paper's sizes.
+    """Mel features to width E at 1/8 of their rate; the defaults are the paper's sizes. SpecAugment in training.
 
     Args:
         num_mels: M, a multiple of 2.
@@ -129,13 +132,14 @@ class ConformerEncoder(nn.Module):
         if num_mels % 2 or not set(pool_after) <= set(range(1, num_blocks + 1)):
             raise ValueError(f"num_mels {num_mels} must be even, pool_after {pool_after} within 1..{num_blocks}")
         self.width, self.pool_after = width, frozenset(pool_after)
+        self.augment = SpecAugment()
         self.conv = nn.Conv2d(1, channels, 3, stride=2, padding=1)
         self.project = nn.Linear(channels * num_mels // 2, width)
         self.blocks = nn.ModuleList(ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks))
 
     def forward(self, mels: Tensor, lengths: Tensor) -> Features:
         """``mels`` (N, F, M) with ``lengths`` (N,) frames -> (N, ceil(F / 8), E)."""
-        x = mels * valid_frames(lengths, mels.shape[1])[..., None]
+        x = self.augment(mels, lengths) * valid_frames(lengths, mels.shape[1])[..., None]
         x = F.relu(self.conv(x[:, None])).transpose(1, 2).flatten(2)
         x, lengths = self.project(x), (lengths + 1) // 2
         for number, block in enumerate(self.blocks, start=1):
@@ -146,3 +150,8 @@ class ConformerEncoder(nn.Module):
                 lengths = (lengths + 1) // 2
                 x = x.masked_fill(~valid_frames(lengths, x.shape[1])[..., None], 0.0)
         return Features(x * valid_frames(lengths, x.shape[1])[..., None], lengths)
+
+
+def build(num_mels: int = 80, **sizes: Any) -> tuple[ConformerEncoder, FbankProcessor]:
+    """An untrained Conformer of these ``sizes`` (those of `ConformerEncoder`) and its processor: stage 1 trains it."""
+    return ConformerEncoder(num_mels, **sizes), FbankProcessor(num_mels)

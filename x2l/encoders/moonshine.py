@@ -7,6 +7,8 @@ batch that it travels in.
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from x2l.types import Features
-from x2l.weights import resolve
+from x2l.weights import resolve, sha256_of
 
 ASSETS = "pypi:moonshine-voice==0.0.65/moonshine_voice/assets/tiny-en"
 SHA256 = {
@@ -85,9 +87,13 @@ class MoonshineEncoder(nn.Module):
         threads: threads of onnxruntime, 0 = its own choice.
     """
 
+    seconds_per_frame = HOP / RATE
+
     def __init__(self, path: Path, max_seconds: float = 20.0, threads: int = 0) -> None:
         super().__init__()
         self._session = session(path, threads)
+        # The file's identity, for whoever asks what this encoder's features depend on.
+        self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256_of(path))), dtype=torch.uint8))
         self.width: int = self._session.get_outputs()[0].shape[-1]
         self.max_seconds = max_seconds
 
@@ -194,3 +200,39 @@ def build_transcriber(threads: int = 0) -> MoonshineTranscriber:
         ValueError: the weights cannot be had.
     """
     return MoonshineTranscriber(*(resolve(f"{ASSETS}/{name}", sha) for name, sha in SHA256.items()), threads=threads)
+
+
+def decoder_weights() -> tuple[dict[str, Tensor], list[bytes]]:
+    """The weights of Moonshine's decoder, dequantised to float32, under the names of transformers, and its tokens.
+
+    Raises:
+        ValueError: the weights cannot be had, or the package ``onnx`` is missing.
+    """
+    names = ("decoder_model_merged.ort", "tokenizer.bin")
+    path, tokens = (resolve(f"{ASSETS}/{name}", SHA256[name]) for name in names)
+    try:
+        import onnx
+    except ImportError as error:
+        raise ValueError("reading Moonshine's decoder needs the package onnx: pip install onnx") from error
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.optimized_model_filepath = f"{folder}/decoder.onnx"
+        options.add_session_config_entry("session.save_model_format", "ONNX")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(f"{folder}/decoder.onnx").graph
+    (branches,) = (node for node in graph.node if node.op_type == "If")
+    first = next(a.g for a in branches.attribute if a.name == "else_branch")  # the step without a cache
+    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in [*graph.initializer, *first.initializer]}
+    weights = {
+        name.removesuffix("_merged_0"): torch.from_numpy(array.copy())
+        for name, array in arrays.items()
+        if name.startswith("model.") and array.dtype == np.float32 and array.ndim == 1
+    }
+    for node in first.node:
+        for quantised in (name for name in node.input if name.endswith("_quantized") and name in arrays):
+            base = quantised.removesuffix("_quantized")
+            array = (arrays[quantised].astype(np.float32) - arrays[f"{base}_zero_point"]) * arrays[f"{base}_scale"]
+            name = re.sub(r"/(MatMul_quant|Gather)$", "", node.name).strip("/").replace("/", ".") + ".weight"
+            weights[name] = torch.from_numpy(array if node.op_type == "Gather" else array.T.copy())
+    return weights, read_tokens(tokens)

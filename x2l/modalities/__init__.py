@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from x2l.modalities import image
+from x2l.modalities import image, speech
 
 
 class Kind(NamedTuple):
@@ -22,4 +22,5 @@ class Kind(NamedTuple):
 
 MODALITIES = {
     "image": Kind(image.interface, "image"),
+    "speech": Kind(speech.interface, "audio"),
 }
