@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from x2l import checkpoint, optim
 from x2l.config import TrainConfig, digest
-from x2l.data.feed import Feed, Stream
-from x2l.data.sources import read_source
+from x2l.data.feed import Feed, open_feed
 from x2l.stages import STAGES, Stage
 from x2l.types import Output, RunError
 
@@ -59,7 +58,8 @@ def train(cfg: TrainConfig) -> Path:
         rates = optim.select(model, cfg.trainable)
         optimizer = optim.adamw(model, rates, cfg.betas, cfg.weight_decay)
         frozen = checkpoint.frozen_digest(model)
-        feed, val = feed_of(cfg, cfg.data), feed_of(cfg, cfg.val) if cfg.val else None
+        feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
+        val = open_feed(cfg.val, cfg.data_root, cfg.batch_size, cfg.seed) if cfg.val else None
         total = cfg.steps or math.ceil((cfg.epochs or 1) * len(feed) / cfg.accumulate)
         identity = digest(cfg, exclude=NOT_IDENTITY)
         first = resume(run, model, optimizer, identity)
@@ -147,15 +147,6 @@ def evaluate(cfg: TrainConfig, stage: Stage, feed: Feed) -> float:
         loss, tokens = loss + float(output.loss_sum), tokens + output.num_tokens
     stage.model.train()
     return loss / max(1, tokens)
-
-
-def feed_of(cfg: TrainConfig, sources: list[Any]) -> Feed:
-    """The mixture of a recipe's sources, relative to its ``data_root``."""
-    streams = []
-    for source in sources:
-        globs = [source.path] if isinstance(source.path, str) else source.path
-        streams.append(Stream(read_source([str(Path(cfg.data_root) / glob) for glob in globs]), source.tasks))
-    return Feed(streams, cfg.batch_size, cfg.seed)
 
 
 def fill_cache(stage: Stage, feeds: list[Feed]) -> None:

@@ -60,10 +60,10 @@ class Collator:
             mine = [part for part in parts if part.type == name]
             ready = [part.features for part in mine if part.features is not None]
             if ready:
-                media[name] = Media(features=_stack([f.x[0, : int(f.lengths[0])] for f in ready]))
+                media[name] = Media(features=stack([f.x[0, : int(f.lengths[0])] for f in ready]))
                 assert len(ready) == len(mine), "either all items of a modality carry features, or none"
             elif name in fetch:
-                media[name] = Media(features=_stack(fetch[name]([raw(part) for part in mine])))
+                media[name] = Media(features=stack(fetch[name]([raw(part) for part in mine])))
             else:
                 media[name] = Media(inputs=self.process(name, [raw(part) for part in mine]))
         return Batch(column("ids", 0), column("labels", IGNORE_INDEX), column("reach", 0), media)
@@ -94,6 +94,7 @@ def _single(row: Row) -> Packed:
     return Packed(row.ids, row.labels, [len(row.ids)] * len(row.ids), row.media)
 
 
-def _stack(items: Sequence[Tensor]) -> Features:
+def stack(items: Sequence[Tensor]) -> Features:
+    """Features (F, E) of several items, right-padded to one tensor."""
     x = torch.nn.utils.rnn.pad_sequence([item.float() for item in items], batch_first=True)
     return Features(x, torch.tensor([len(item) for item in items]))

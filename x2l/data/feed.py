@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from x2l.data.sources import DataError, Issues, Record
+from x2l.data.sources import DataError, Issues, Record, read_source
 from x2l.data.tasks import TASKS
 from x2l.types import Sample
 
@@ -63,3 +64,12 @@ class Feed:
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = epoch, order
         return self._order[1]
+
+
+def open_feed(sources: Sequence[Any], root: str, batch_size: int, seed: int) -> Feed:
+    """The feed of a recipe's sources (``path``, ``tasks``), their paths relative to ``root``."""
+    streams = []
+    for source in sources:
+        globs = [source.path] if isinstance(source.path, str) else source.path
+        streams.append(Stream(read_source([str(Path(root) / glob) for glob in globs]), source.tasks))
+    return Feed(streams, batch_size, seed)
