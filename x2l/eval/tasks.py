@@ -141,7 +141,7 @@ def score(run_dir: str | Path, seed: int = 0, meteor: bool = False) -> Row:
 
     The result holds ``task``, ``control``, ``dataset``, ``langs``, ``num_samples``, ``coverage`` (share of samples with
     an answer; the missing ones count as empty), ``scores`` with intervals and ``details``. Raw outputs are normalised
-    anew, so a better normaliser needs no new run. ``meteor`` adds METEOR to the details of captions: it takes Java and a minute.
+    anew, so a better normaliser needs no new run. ``meteor`` adds METEOR to the details of captions (needs Java).
 
     Raises:
         ValueError: no run there, or one that carries the name of a published test set without being all of it.
