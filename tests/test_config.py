@@ -11,9 +11,9 @@ from x2l.config import digest, load_model_config, load_train_config, shipped
 
 def test_overrides_reach_nested_keys_and_list_items() -> None:
     cfg = load_train_config(
-        "tiny/stage2_image", ["schedule.warmup_steps=7", "data.0.path=mine-*.tar", "model.template.name=paper", "epochs=1"]
+        "tiny/stage2_image", ["schedule.warmup_steps=7", "data.0.path=mine-*.tar", "model.template.name=paper", "steps=1"]
     )
-    assert (cfg.schedule.warmup_steps, cfg.data[0].path, cfg.model.template.name, cfg.epochs) == (7, "mine-*.tar", "paper", 1)
+    assert (cfg.schedule.warmup_steps, cfg.data[0].path, cfg.model.template.name, cfg.steps) == (7, "mine-*.tar", "paper", 1)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
         ("batchsize=4", "unknown key 'batchsize'; did you mean 'batch_size'"),
         ("schedule.warmup_step=1", "unknown key 'schedule.warmup_step'; did you mean 'warmup_steps'"),
         ("model.llm.dtype=float8", r"model.llm.dtype: .*'float8'"),
-        ("epochs=null", "exactly one of steps and epochs"),
+        ("steps=null", "exactly one of steps and epochs"),
         ("batch_size=many", "batch_size: .*'many'"),
         ("batch_size", "an override is key=value"),
         ("run.deeper=1", "'run' has no keys below it"),

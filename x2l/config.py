@@ -79,9 +79,9 @@ class Schedule(Strict):
 class TrainConfig(Strict):
     """A stage: a model, data, and the globs of what is trained, each with its peak learning rate."""
 
-    stage: Literal["xllm", "blip2", "asr"] = "xllm"
+    stage: Literal["xllm", "words", "match", "blip2", "asr"] = "xllm"
     model: ModelConfig
-    stage_args: dict[str, Any] = Field(default_factory=dict)  # flat arguments of blip2 or asr
+    stage_args: dict[str, Any] = Field(default_factory=dict)  # flat arguments of the stage
     fresh: list[str] = Field(default_factory=list)  # modalities that start untrained although the model names weights
     init: dict[str, str] = Field(default_factory=dict)  # module -> what it starts from (build.initialise)
     trainable: dict[str, float]

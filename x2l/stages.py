@@ -6,18 +6,28 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from x2l.build import build, initialise
+from x2l import words
+from x2l.asr import CIFASR, Decoder, Spoken, import_moonshine
+from x2l.blip2 import NUM_SPECIAL, Blip2
+from x2l.build import Built, build, initialise
 from x2l.checkpoint import frozen_digest
 from x2l.config import TrainConfig
 from x2l.data.cache import FeatureCache
-from x2l.data.collate import Collator
+from x2l.data.collate import Collator, raw, stack
+from x2l.data.feed import open_feed
+from x2l.encoders import moonshine
+from x2l.interfaces.qformer import QFormer
+from x2l.match import Matcher
+from x2l.modalities.speech import Listener
 from x2l.modality import Modality
-from x2l.types import Media, Sample
+from x2l.recognizer import Vocabulary
+from x2l.types import Features, Media, Sample
 from x2l.weights import cache_dir
 
 Families = list[list[Sample]]  # the samples of each record of a batch
@@ -57,7 +67,120 @@ def xllm_stage(cfg: TrainConfig) -> Stage:
     return Stage(built.model, collate, export)
 
 
-STAGES: dict[str, Callable[[TrainConfig], Stage]] = {"xllm": xllm_stage}
+def asr_stage(cfg: TrainConfig) -> Stage:
+    """Stage 1 of speech: listener and decoder, and the encoder where ``trainable`` names it, else its cached features.
+
+    ``stage_args``: ``vocabulary``, a pattern of the LLM's tokens to write in; ``decoder``, arguments of `Decoder`;
+    ``moonshine``, true to start from Moonshine's decoder; and the weights of the losses in `CIFASR`.
+    """
+    args = dict(cfg.stage_args)
+    built = build(cfg.model, ["speech"])
+    vocabulary = Vocabulary.of(built.renderer.tokenizer, args.pop("vocabulary"))
+    encoder: Any = built.model.modalities["speech"].get_submodule("encoder")
+    listener = Listener(encoder.width, **cfg.model.modalities["speech"].interface["listener"])
+    decoder = Decoder(len(vocabulary.texts), listener.width, **args.pop("decoder"))
+    if args.pop("moonshine", False):
+        import_moonshine(*moonshine.decoder_weights(), vocabulary.texts, decoder)
+    model = CIFASR(encoder, listener, decoder, vocabulary.spelling, **args)
+    for prefix, source in cfg.init.items():
+        initialise(model.get_submodule(prefix), source)
+    frozen = not any(fnmatchcase(f"encoder.{name}", glob) for name, _ in encoder.named_parameters() for glob in cfg.trainable)
+    collate = spoken_batches(cfg, built, vocabulary, cached=frozen)
+
+    def export() -> dict[str, dict[str, Tensor]]:
+        owned = {"listener": listener, "decoder": decoder, "ctc_head": model.ctc_head} | (
+            {} if frozen else {"encoder": encoder}
+        )
+        return {name: module.state_dict() for name, module in owned.items()}
+
+    return Stage(model, collate, export)
+
+
+def match_stage(cfg: TrainConfig) -> Stage:
+    """The first half of stage 2 of speech; ``stage_args``: ``vocabulary`` as in stage 1."""
+    built = build(cfg.model, cfg.fresh)
+    vocabulary = Vocabulary.of(built.renderer.tokenizer, **cfg.stage_args)
+    table = built.model.llm.get_input_embeddings().weight[vocabulary.token_ids]
+    modality = built.model.modalities["speech"]
+    model = Matcher(modality, table)
+    for prefix, source in cfg.init.items():
+        initialise(model.get_submodule(prefix), source)
+
+    def export() -> dict[str, dict[str, Tensor]]:
+        return {"speech": modality.get_submodule("interface").state_dict()}
+
+    return Stage(model, spoken_batches(cfg, built, vocabulary, cached=True), export)
+
+
+def spoken_batches(
+    cfg: TrainConfig, built: Built, vocabulary: Vocabulary, cached: bool
+) -> Callable[[Families, int | None], Spoken]:
+    """Samples of the task ``asr`` to speech with its tokens."""
+    collator = Collator(built.renderer, built.processors, built.decoders)
+    cache = feature_cache(cfg, "speech", built.model.modalities["speech"], collator)
+
+    def collate(families: Families, step: int | None) -> Spoken:
+        samples = [sample for family in families for sample in family]
+        items = [raw(sample.media[0]) for sample in samples]
+        ids = [torch.tensor(vocabulary.encode(built.renderer.tokenizer, sample.messages[-1].text)) for sample in samples]
+        if cached:
+            frames = [x.float() for x in cache(items, [0] * len(items))]
+            lengths = torch.tensor([len(x) for x in frames])
+            media = Media(features=Features(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths))
+        else:
+            media = Media(inputs=collator.process("speech", items))
+        return Spoken(media, nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids]))
+
+    return collate
+
+
+def words_stage(cfg: TrainConfig) -> Stage:
+    """Stage 1 of a small image interface, in the LLM's embedding space but without the LLM (words.py)."""
+    built = build(cfg.model, cfg.fresh)
+    (name,) = cfg.model.modalities
+    modality, tokenizer = built.model.modalities[name], built.renderer.tokenizer
+    table = built.model.llm.get_input_embeddings().weight
+    feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
+    vocabulary, frequency = words.vocabulary(f for step in range(len(feed)) for f in feed.batch(step))
+    spelled = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in vocabulary]
+    embeds = torch.stack([table[ids].mean(0) for ids in spelled])
+    reader = words.WordReader(modality.get_submodule("interface"), embeds, frequency, float(table.std()))
+    cache = feature_cache(cfg, name, modality, Collator(built.renderer, built.processors, built.decoders))
+    index = {word: i for i, word in enumerate(vocabulary)}
+
+    def collate(families: Families, step: int | None) -> words.WordBatch:
+        items = viewed(cache, cfg, step)([raw(family[0].media[0]) for family in families])
+        return words.WordBatch(stack(items), words.targets(families, index))
+
+    return Stage(reader, collate, lambda: {name: reader.interface.state_dict()})
+
+
+def blip2_stage(cfg: TrainConfig) -> Stage:
+    """BLIP-2's stage 1 for an image interface (blip2.py); ``stage_args``: arguments of `Blip2`."""
+    built = build(cfg.model, cfg.fresh)
+    ((name, settings),) = cfg.model.modalities.items()
+    modality: Any = built.model.modalities[name]
+    feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
+    samples = (sample for step in range(len(feed)) for family in feed.batch(step) for sample in family)
+    token_ids = sorted({label for sample in samples for label in built.renderer.train(sample).labels if label >= 0})
+    former = QFormer(modality.encoder.width, vocab_size=len(token_ids) + NUM_SPECIAL, **settings.interface)
+    model = Blip2(Modality(modality.encoder, [former]), token_ids, name, **cfg.stage_args)
+    collator = Collator(built.renderer, built.processors, built.decoders)
+    cache = feature_cache(cfg, name, modality, collator)
+
+    def collate(families: Families, step: int | None) -> Any:
+        return collator.train([sample for family in families for sample in family], {name: viewed(cache, cfg, step)})
+
+    return Stage(model, collate, lambda: {"qformer": model.export()})
+
+
+STAGES: dict[str, Callable[[TrainConfig], Stage]] = {
+    "words": words_stage,
+    "blip2": blip2_stage,
+    "asr": asr_stage,
+    "match": match_stage,
+    "xllm": xllm_stage,
+}
 
 
 def is_trained(module: nn.Module) -> bool:
