@@ -6,14 +6,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from x2l import __version__
+from x2l.data.commands import app as data_app
+from x2l.eval.commands import app as eval_app
 from x2l.types import RunError
 
 app = typer.Typer(
@@ -22,8 +23,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure a model, from stored records.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
 console = Console()
 
 Model = Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")]
@@ -113,50 +114,3 @@ def recipes() -> None:
     for name in shipped():
         first = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
         console.print(f"[bold]{name}[/]  {first.lstrip('# ')}", highlight=False)
-
-
-@eval_app.command("caption")
-def eval_caption(
-    data: Annotated[str, typer.Argument(help="glob of shards or JSONL whose rows hold a photo and its captions")],
-    model: Model = "tiny",
-    out: Annotated[Path, typer.Option(help="run folder; a killed run goes on from here")] = Path("runs/eval-caption"),
-    control: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="also measure with: wrong-image, blank, no-image; may be repeated"),
-    ] = None,
-    lang: Annotated[str, typer.Option(help="language of the captions: en or zh")] = "en",
-    limit: Annotated[Optional[int], typer.Option(help="the first so many photos")] = None,  # noqa: UP045
-    num_beams: Annotated[int, typer.Option(help="1 = greedy")] = 3,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> None:
-    """Caption photos and score them: BLEU-1..4, CIDEr, METEOR, with intervals; writes a page of 24 random photos.
-
-    Example:
-
-        x2l eval caption '../shared/data/flickr8k/test-*.tar' --control wrong-image --control blank
-    """
-    from x2l.assistant import Assistant
-    from x2l.data.sources import read_source
-    from x2l.eval.predict import predict
-    from x2l.eval.questions import caption as caption_questions
-    from x2l.eval.report import format_score, report
-    from x2l.eval.tasks import score
-
-    assistant = Assistant.load(model)
-    samples = caption_questions(read_source(data), lang)
-    decode: dict[str, Any] = {"max_new_tokens": 40, "num_beams": num_beams}
-    runs, columns = [], {}
-    for name in [None, *(control or [])]:
-        folder = predict(
-            assistant, samples, out / (name or "image"), task="caption", model_info=assistant.info(), decode=decode,
-            control=name, seed=seed, limit=limit, batch_size=batch_size, render=assistant.render,
-        )  # fmt: skip
-        runs.append(folder)
-        columns[name or "image"] = score(folder)
-    table = Table("score", *columns)
-    for metric in next(iter(columns.values()))["scores"]:
-        table.add_row(metric, *(format_score(result["scores"][metric]) for result in columns.values()))
-    table.add_row("coverage", *(f"{result['coverage']:.3f}" for result in columns.values()))
-    console.print(table)
-    console.print(f"records in {out}, page {report(runs, out / 'report.html')}")

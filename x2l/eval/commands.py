@@ -14,6 +14,48 @@ Coverage = Annotated[float, typer.Option(help="exit with 3 below this share of a
 
 
 @app.command()
+def caption(
+    data: Annotated[str, typer.Argument(help="glob of shards or JSONL whose rows hold a photo and its captions")],
+    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/eval-caption"),
+    control: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="also measure with: wrong-image, blank, no-image; may be repeated"),
+    ] = None,
+    lang: Annotated[str, typer.Option(help="language of the captions: en or zh")] = "en",
+    limit: Annotated[Optional[int], typer.Option(help="the first so many photos")] = None,  # noqa: UP045
+    num_beams: Annotated[int, typer.Option(help="1 = greedy")] = 3,
+    meteor: Annotated[bool, typer.Option(help="METEOR as well; needs Java")] = False,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Caption photos and score them: BLEU-1..4, CIDEr, with intervals; writes a page of 24 random photos.
+
+    Example:
+
+        x2l eval caption '../shared/data/flickr8k/test-*.tar' --control wrong-image --control blank
+    """
+    from x2l.assistant import Assistant
+    from x2l.data.sources import read_source
+    from x2l.eval import predict, questions, report, tasks
+
+    assistant = Assistant.load(model)
+    samples = questions.caption(read_source(data), lang)
+    decode = {"max_new_tokens": 40, "num_beams": num_beams}
+    runs = [
+        predict.predict(
+            assistant, samples, out / (name or "image"), task="caption", dataset=data, model_info=assistant.info(),
+            decode=decode, control=name, seed=seed, limit=limit, batch_size=batch_size, render=assistant.render,
+        )
+        for name in [None, *(control or [])]
+    ]  # fmt: skip
+    for run in runs:
+        tasks.score(run, meteor=meteor)
+    typer.echo(report.scoreboard(runs))
+    typer.echo(f"records in {out}, page: {report.report(runs, out / 'report.html')}")
+
+
+@app.command()
 def score(runs: Runs, meteor: bool = False, min_coverage: Coverage = 0.0) -> None:
     """Score stored records again; no model is needed.
 
