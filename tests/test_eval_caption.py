@@ -206,6 +206,14 @@ def test_one_character_of_the_prompt_is_another_request(tmp_path):
     assert tasks.score(tmp_path)["num_samples"] == 2
 
 
+def test_a_lossy_rendering_does_not_hide_a_change(tmp_path):
+    for text in ("一", "二"):
+        model = Looker()
+        sample = Sample("s", (user(Part("image", bytes=png(0)), text),), {"references": ["a"]})
+        predict(model, [sample], tmp_path, task="caption", model_info=INFO, render=lambda sample: "\ufffd")
+        assert model.asked == ["s"]
+
+
 def test_score_again_without_a_model(tmp_path):
     """E18."""
     predict(Looker(), photo_samples(), tmp_path, task="caption", model_info=INFO)

@@ -158,7 +158,13 @@ def _cluster(sample: Sample, read: Read) -> str:
 def _request(sample: Sample, identity: dict[str, Any], read: Read, render: Render) -> dict[str, Any]:
     prompt = render(sample)
     media = [{"type": part.type, "sha256": records.sha256(read(part))} for part in sample.media]
-    request = {"prompt": prompt, "media": media, **{k: identity[k] for k in ("decode", "seed", "model")}}
+    # A rendered prompt may be lossy (half characters, trimmed spaces); the messages themselves tell requests apart.
+    request = {
+        "prompt": prompt,
+        "messages": prompt_of(sample),
+        "media": media,
+        **{k: identity[k] for k in ("decode", "seed", "model")},
+    }
     return {
         "id": sample.id,
         "media": media,

@@ -38,7 +38,7 @@ SCOREBOARD = (
     Entry("caption", "Flickr8k (en), part of test", "flickr8k/test-*.tar", ("image",),
           controls=("wrong-image", "blank"), decode=BEAMS),
     Entry("caption", "Flickr8k (zh), part of test", "flickr8k/test-*.tar", ("image",), {"lang": "zh"},
-          controls=("wrong-image",), decode=BEAMS),
+          controls=("wrong-image",), num=200, decode=BEAMS),
     Entry("pope", "objects in Flickr8k captions", "flickr8k/test-*.tar", ("image",),
           controls=("wrong-image",), decode={"max_new_tokens": 8}),
     Entry("asr", "speechocean762 (en)", "speechocean762/test-*.tar", ("speech",), {"cluster": "spk"}, num=300),
