@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from x2l.data.media import MediaError, decode_audio, decode_image
+from x2l.data.media import MediaError, check_video, decode_audio, decode_image
+from x2l.data.sources import read_source
+
+ESC10 = Path(__file__).parents[2] / "shared" / "data" / "esc10"
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -180,6 +183,14 @@ def test_the_sound_track_of_a_video(container: str) -> None:
         decode_audio(video(container, with_sound=False))
 
 
+def test_check_video() -> None:
+    blob = video("mp4", with_sound=True)
+    check_video(blob)
+    for bad in (blob[:200], b"", SOUNDS["WAV"]):
+        with pytest.raises(MediaError, match="not a readable video"):
+            check_video(bad)
+
+
 def test_length_is_bounded_while_decoding() -> None:
     hour = sound(np.zeros(16_000 * 3600, np.int16), 16_000, "FLAC")
     assert len(hour) < 1_000_000
@@ -227,3 +238,9 @@ def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
     for blob in (playlist, concat):
         with pytest.raises(MediaError):
             decode_audio(blob)
+
+
+@pytest.mark.skipif(not ESC10.is_dir(), reason="needs ../shared/data/esc10")
+def test_opus_that_libsndfile_cannot_read() -> None:
+    for record, _ in zip(read_source(str(ESC10 / "train-0000.tar")), range(40), strict=False):
+        assert 79_000 < len(decode_audio(record.media["opus"])) < 120_000

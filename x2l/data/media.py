@@ -21,7 +21,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 512 << 20
 SAMPLE_RATE = 16_000
-BLOCK = 1 << 15  # frames decoded at a time
+BLOCK = 1 << 15  # samples decoded at a time
+JOINED = 50  # packets (of about 20 ms) that are resampled at a time
 MAX_CHANNELS = 32
 SAMPLE_RATES = range(1_000, 768_001)
 
@@ -144,11 +145,24 @@ def _av_blocks(blob: bytes, demuxer: str) -> Blocks:
         if not container.streams.audio:
             raise MediaError("the file has no sound track")
         to_float = av.AudioResampler(format="fltp")
+        joined: list[NDArray[np.float32]] = []
+        rate = 0
         for frame in container.decode(container.streams.audio[0]):
             if frame.layout.nb_channels > MAX_CHANNELS or frame.sample_rate not in SAMPLE_RATES:
                 raise MediaError(f"{frame.layout.nb_channels} channels at {frame.sample_rate} Hz are not supported")
-            for converted in to_float.resample(frame):
-                yield converted.to_ndarray().mean(axis=0, dtype=np.float32), frame.sample_rate
+            if frame.sample_rate != rate or len(joined) >= JOINED:
+                if joined:
+                    yield np.concatenate(joined), rate
+                joined, rate = [], frame.sample_rate
+            floats = [frame] if frame.format.name == "fltp" else to_float.resample(frame)
+            joined.extend(_mono(f) for f in floats)
+        if joined:
+            yield np.concatenate(joined), rate
+
+
+def _mono(frame: av.AudioFrame) -> NDArray[np.float32]:
+    planes = [np.frombuffer(memoryview(plane), np.float32, frame.samples) for plane in frame.planes]
+    return planes[0].copy() if len(planes) == 1 else np.mean(planes, axis=0, dtype=np.float32)
 
 
 def _resample(blocks: Blocks, rate: int, max_seconds: float) -> NDArray[np.float32]:
@@ -180,6 +194,7 @@ def _container(blob: bytes) -> str | None:
 
 
 CONTAINERS: dict[str, Callable[[bytes], bool]] = {
+    "ogg": lambda blob: blob[:4] == b"OggS" and b"OpusHead" in blob[:128],  # libsndfile 1.2 fails at some page ends
     "mov": lambda blob: blob[4:8] == b"ftyp",
     "matroska": lambda blob: blob[:4] == b"\x1a\x45\xdf\xa3",
     "avi": lambda blob: blob[:4] == b"RIFF" and blob[8:12] == b"AVI ",

@@ -126,12 +126,17 @@ def stats(spec: str | Sequence[str], plot: str | Path | None = None) -> dict[str
         By quantity: num, min, mean, median, max.
     """
     values: dict[str, list[float]] = defaultdict(list)
-    for record in read_source(spec):
-        texts = texts_of(record.fields)
+    source = read_source(spec)
+    for record in source:
+        try:
+            sizes, texts = check_media(record.media), texts_of(record.fields)
+        except MediaError as error:
+            source.issues.add(record.key, error)
+            continue
         values["texts a row"].append(len(texts))
         for text in texts:
             values[f"characters a text ({language(text)})"].append(len(text))
-        for size in check_media(record.media).values():
+        for size in sizes.values():
             values["seconds" if len(size) == 1 else "pixels"].append(size[0] if len(size) == 1 else size[0] * size[1])
     if plot is not None:
         _histograms(values, Path(plot))
