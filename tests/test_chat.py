@@ -37,8 +37,8 @@ def test_streamed_pieces_add_up_to_the_whole_answer(model: Assistant, photo: Pat
 
 
 def test_render_shows_the_prompt_that_the_model_reads(model: Assistant, photo: Path) -> None:
-    sample = Sample("s", (user(Part("image", path=str(photo)), "What?"),))
-    assert model.render(sample) == "<|im_start|>user\n<image>What?<|im_end|>\n<|im_start|>assistant\n"
+    sample = Sample("s", (user(Part("image", path=str(photo)), "什么？"),))
+    assert model.render(sample) == "<|im_start|>user\n<image>什么？<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_conversation_keeps_its_turns_and_media(model: Assistant, photo: Path) -> None:

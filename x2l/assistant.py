@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from x2l.build import Built, build, shipped_file
@@ -63,7 +64,8 @@ class Assistant:
         """The prompt as the model reads it, each media item as ``<type>``."""
         names = {sentinel: f"<{name}>" for name, sentinel in self.model.sentinels.items()}
         ids = self.renderer.prompt(sample.messages).ids
-        return "".join(names[i] if i < 0 else self.tokenizer.decode([i]) for i in ids)
+        runs = [(key, list(run)) for key, run in groupby(ids, key=lambda i: i if i < 0 else 0)]
+        return "".join(names[key] * len(run) if key else self.tokenizer.decode(run) for key, run in runs)
 
     def info(self) -> dict[str, Any]:
         """What identifies this model in a record: recipe hash, hashes of the trained interfaces, device and dtype."""
