@@ -1,4 +1,4 @@
-"""Where samples come from: tar shards and JSONL files behind one indexable, deterministic reader.
+"""Where samples come from: one indexable, deterministic reader of tar shards, JSONL and Hugging Face data sets (arrow.py).
 
 A shard follows the WebDataset convention: ``<key>.json`` beside ``<key>.<ext>`` for each media file. A JSONL row is a
 sample (its parts name files by ``path``) or any object whose ``media`` maps an extension to a file; paths are relative
@@ -8,13 +8,17 @@ to the JSONL file. Reading opens, seeks and closes, so a source can be pickled a
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+import fsspec
 
 MAX_ROW_BYTES = 16 << 20  # one JSON object
 MAX_MEDIA_BYTES = 512 << 20  # one media file
@@ -150,7 +154,7 @@ class Source(Sequence[Record]):
 
 
 def read_source(spec: str | Path | Sequence[str | Path], max_bad: float = 0.01) -> Source:
-    """Index tar shards and JSONL files.
+    """Index tar shards, JSONL files and Hugging Face data sets.
 
     Args:
         spec: a path or a glob, or several; each ends in ``.tar`` or ``.jsonl``. Matches are read in the order of their
@@ -164,10 +168,7 @@ def read_source(spec: str | Path | Sequence[str | Path], max_bad: float = 0.01) 
     issues = Issues(max_fraction=max_bad)
     rows: list[Row] = []
     for path in paths:
-        reader = READERS.get(Path(path).suffix)
-        if reader is None:
-            raise DataError(f"cannot read {path!r}: expected one of {', '.join(READERS)}")
-        rows.extend(reader(path, issues))
+        rows.extend(_reader(path)(path, issues))
     rows = _drop_repeated(rows, issues)
     if not rows:
         raise DataError(f"no row in {', '.join(paths)}\n{issues}")
@@ -235,7 +236,18 @@ def index_jsonl(path: str, issues: Issues) -> list[Row]:
     return rows
 
 
-READERS = {".tar": index_tar, ".jsonl": index_jsonl}
+def _reader(path: str) -> Callable[[str, Issues], list[Row]]:
+    from x2l.data import arrow  # it imports this module
+
+    if Path(path).is_dir() and not (Path(path) / "state.json").exists():
+        raise DataError(f"{path} is a folder, and not one of datasets' save_to_disk: name its files, {path}/*.tar")
+    readers = {
+        ".tar": index_tar, ".jsonl": index_jsonl, ".parquet": arrow.index_arrow, ".arrow": arrow.index_arrow,
+    }  # fmt: skip
+    reader = arrow.index_saved if Path(path).is_dir() else readers.get(Path(path).suffix)
+    if reader is None:
+        raise DataError(f"cannot read {path!r}: expected one of {', '.join(readers)}, or a save_to_disk folder")
+    return reader
 
 
 def _drop_repeated(rows: Iterable[Row], issues: Issues) -> list[Row]:
@@ -251,10 +263,32 @@ def _drop_repeated(rows: Iterable[Row], issues: Issues) -> list[Row]:
 
 
 def _expand(pattern: str) -> list[str]:
-    paths = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).is_file() else [])
+    if "://" in pattern:
+        return _fetched(pattern)
+    paths = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
     if not paths:
         raise DataError(f"no file matches {pattern!r}")
     return paths
+
+
+def _fetched(pattern: str) -> list[str]:
+    """Local copies of remote files under ``$X2L_CACHE/data``, made once for each version of a file."""
+    cache = Path(os.environ.get("X2L_CACHE") or "~/.cache/x2l").expanduser() / "data"
+    cache.mkdir(parents=True, exist_ok=True)
+    copies = []
+    try:
+        system, root = fsspec.core.url_to_fs(pattern)
+        for remote in sorted(system.glob(root)) or [root]:
+            version = hashlib.sha256(f"{pattern}/{remote}/{system.ukey(remote)}".encode()).hexdigest()[:16]
+            local = cache / f"{version}-{Path(remote).name}"
+            if not local.exists():
+                partial = local.with_name(f"{local.name}.{os.getpid()}.partial")
+                system.get_file(remote, str(partial))
+                os.replace(partial, local)
+            copies.append(str(local))
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"cannot fetch {pattern!r}: {error}") from error
+    return copies
 
 
 def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
