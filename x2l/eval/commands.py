@@ -81,6 +81,20 @@ def write_report(
 
 
 @app.command()
+def show(run: Path, num: Annotated[int, typer.Option(help="how many, drawn by seed")] = 20, seed: int = 0) -> None:
+    """Print random questions of a run with their raw answers and references: read them before quoting a score."""
+    import random
+
+    from x2l.eval import tasks
+
+    rows = tasks.results(run)
+    for row in random.Random(seed).sample(rows, min(num, len(rows))):
+        typer.echo(
+            f"{row['id']}\n  {row['prompt'].strip()!r}\n  -> {row['raw']}\n  references: {' | '.join(row['references'])}"
+        )
+
+
+@app.command()
 def compare(run_a: Path, run_b: Path) -> None:
     """Paired differences between two runs on the same samples, with intervals and p-values."""
     from x2l.eval import report, tasks

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from x2l.data.caption_qa import QA, question_answers
 from x2l.data.prompts import instructions
 from x2l.data.sources import Record
-from x2l.data.tasks import HAN, media_part
+from x2l.data.tasks import HAN, media_part, tidy
 from x2l.eval import pope as yes_no
 from x2l.eval.llava_bench import Question
 from x2l.eval.refusal import REQUESTS
@@ -72,6 +74,56 @@ def pope(records: Iterable[Record], per_object: int = 20, seed: int = 0) -> list
     ]
 
 
+SETTINGS = (["indoors", "inside", "indoor"], ["outdoors", "outside", "outdoor"])
+FILLERS = {
+    "a",
+    "an",
+    "the",
+    "is",
+    "are",
+    "it",
+    "this",
+    "was",
+    "taken",
+    "photo",
+    "there",
+    "they",
+    "see",
+    "i",
+    "and",
+    "only",
+    "person",
+    "people",
+}
+SHORT_KINDS = ("colour", "clothes colour", "count", "animal", "sport", "setting")  # their answers are a word or two
+
+
+def qa(records: Iterable[Record], seed: int = 0) -> list[Sample]:
+    """At most one open question a photo that its English captions answer (``data/caption_qa.py``).
+
+    The reference is what the derived answer adds to its question ("What colour is the dog?" -> "brown"); score ``contains``.
+    """
+    samples = []
+    for record in records:
+        captions = [tidy(text, "en") for text in record.fields["en"]]
+        pairs = question_answers(captions, random.Random(f"{seed}/{record.key}"), num_pairs=20)
+        pair = next((pair for pair in pairs if pair.kind in SHORT_KINDS), None)
+        if pair is not None:
+            question = user(media_part(record, "image"), pair.question)
+            meta = {"lang": "en", "kind": pair.kind, "references": _short(pair)}
+            samples.append(Sample(f"{record.key}/qa", (question,), meta))
+    return samples
+
+
+def _short(pair: QA) -> list[str]:
+    """What an answer adds to its question, function words left out; for a setting, all its names."""
+    words = re.findall(r"[a-z]+", pair.answer.lower())
+    if pair.kind == "setting":
+        return next(names for names in SETTINGS if any(name in words for name in names))
+    known = {*re.findall(r"[a-z]+", pair.question.lower())} | FILLERS
+    return [" ".join(word for word in words if word not in known) or pair.answer]
+
+
 def refusal() -> list[Sample]:
     """The fixed requests of ``eval/refusal.py``."""
     return [
@@ -103,7 +155,7 @@ def llava_bench(questions: Iterable[Question], images: Path, translations: Mappi
     return samples
 
 
-QUESTIONS: dict[str, Callable[..., list[Sample]]] = {"caption": caption, "asr": asr, "sound": sound, "pope": pope}
+QUESTIONS: dict[str, Callable[..., list[Sample]]] = {"caption": caption, "asr": asr, "sound": sound, "pope": pope, "qa": qa}
 
 
 def draw(samples: list[Sample], num: int, seed: int = 0) -> list[Sample]:

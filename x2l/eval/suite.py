@@ -41,6 +41,8 @@ SCOREBOARD = (
           controls=("wrong-image",), num=200, decode=BEAMS),
     Entry("pope", "objects in Flickr8k captions", "flickr8k/test-*.tar", ("image",),
           controls=("wrong-image",), decode={"max_new_tokens": 8}),
+    Entry("qa", "short questions from Flickr8k captions", "flickr8k/test-*.tar", ("image",),
+          controls=("wrong-image",), decode={"max_new_tokens": 24}),
     Entry("asr", "speechocean762 (en)", "speechocean762/test-*.tar", ("speech",), {"cluster": "spk"}, num=300),
     Entry("asr", "AISHELL-1 sample (zh)", "aishell-sample/test-*.tar", ("speech",)),
     Entry("asr", "spoken digits (en)", "fsdd/test-*.tar", ("speech",), decode={"max_new_tokens": 8}),
