@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from x2l.encoders.moonshine import HOP, RATE, RECEPTIVE, MoonshineProcessor, detokenize, pad, read_tokens, windows
-from x2l.modalities.speech import FrozenListener, Listener, interface
+from x2l.interfaces.cif import CIFOutput
+from x2l.modalities.speech import FrozenListener, Listener, grouped, interface
 from x2l.types import Features
 
 SIZES = {"width": 16, "num_blocks": 1, "ffn_width": 16, "num_heads": 2, "kernel": 3, "rate": 0.3}
@@ -51,6 +52,20 @@ def test_an_untrained_listener_averages_the_frames_of_its_encoder() -> None:
 def test_target_lengths_set_the_number_of_embeddings() -> None:
     fired, _, _ = listener().listen(batch(50, 21), torch.tensor([9, 4]))
     assert fired.lengths.tolist() == [9, 4]
+
+
+def test_parts_of_a_token_stay_side_by_side() -> None:
+    x = torch.arange(1.0, 8.0).view(1, 7, 1).expand(2, 7, 2)
+    times = torch.arange(1.0, 8.0).expand(2, 7).double()
+    fired = CIFOutput(
+        x * torch.tensor([[[1.0]] * 7, [[1.0]] * 5 + [[0.0]] * 2]), torch.tensor([7, 5]), times, torch.tensor([7.2, 5.3])
+    )
+    tokens = grouped(fired, 3)
+    assert tokens.lengths.tolist() == [2, 2]  # a third alone makes no token, two of them do
+    assert tokens.x[0].tolist() == [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6]]
+    assert tokens.x[1].tolist() == [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 0, 0]]
+    assert tokens.fire_times.tolist() == [[3, 6], [3, 5]]
+    torch.testing.assert_close(tokens.quantity * 3, fired.quantity)
 
 
 def test_a_frozen_listener_stays_as_it_is() -> None:

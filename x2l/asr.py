@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x2l.encoders.conformer import Attention, valid_frames
+from x2l.interfaces.cif import CIFOutput
 from x2l.modalities.speech import Listener
 from x2l.types import Features, Media, Output
 
@@ -74,6 +75,9 @@ class Decoder(nn.Module):
     With ``vision_width`` or ``text_width`` it is the multimodal decoder: of six blocks, 3-4 attend to visual features
     and 5-6 to the linguistic context (in general the second and the last third). An absent context is one zero vector,
     which adds exactly nothing.
+
+    Args:
+        parts: of the listener: each embedding is that many vectors of ``width``, and attention sees them apart.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Decoder(nn.Module):
         ffn_width: int,
         num_heads: int,
         num_blocks: int,
+        parts: int = 1,
         vision_width: int | None = None,
         text_width: int | None = None,
         dropout: float = 0.1,
@@ -93,7 +98,8 @@ class Decoder(nn.Module):
         self.reads = ["none"] * (num_blocks - 2 * third) + ["vision"] * third + ["text"] * third
         self.bos = vocab_size
         self.embedding = nn.Embedding(vocab_size + 1, width)
-        self.fuse = nn.Linear(width, width)
+        self.parts = parts
+        self.fuse = nn.Linear(parts * width, width)
         self.blocks = nn.ModuleList(
             DecoderBlock(width, ffn_width, num_heads, self.context_widths.get(name), dropout) for name in self.reads
         )
@@ -103,9 +109,10 @@ class Decoder(nn.Module):
         """Logits (N, U, V) of the tokens 0..U-1, given ``tokens`` (N, U - 1), the first ones, and CIF embeddings."""
         contexts = {"vision": self._context("vision", vision, heard), "text": self._context("text", text, heard)}
         x = self.embedding(F.pad(tokens, (1, 0), value=self.bos)) + self.fuse(heard.x[:, : tokens.shape[1] + 1])
-        mask = valid_frames(heard.lengths, heard.x.shape[1])
+        pieces = heard.x.unflatten(-1, (self.parts, -1)).flatten(1, 2)
+        mask = valid_frames(heard.lengths * self.parts, pieces.shape[1])
         for block, name in zip(self.blocks, self.reads, strict=True):
-            x = block(x, heard.x, mask, contexts.get(name))
+            x = block(x, pieces, mask, contexts.get(name))
         return self.norm(x) @ self.embedding.weight[: self.bos].T
 
     def _context(self, name: str, context: Features | None, heard: Features) -> Features | None:
@@ -143,7 +150,7 @@ class CIFASR(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.listener, self.decoder = encoder, listener, decoder
-        self.ctc_head = nn.Linear(listener.width, int(spelling.max()) + 1)
+        self.ctc_head = nn.Linear(listener.width // listener.parts, int(spelling.max()) + 1)
         self.register_buffer("spelling", spelling)
         self.ctc_weight, self.quantity_weight, self.label_smoothing = ctc_weight, quantity_weight, label_smoothing
 
@@ -177,11 +184,28 @@ class CIFASR(nn.Module):
         self,
         features: Features,
         num_beams: int = 1,
+        slack: int = 0,
         vision: Features | None = None,
         text: Features | None = None,
     ) -> list[Transcript]:
-        """One token for each CIF embedding, by greedy or beam search; an utterance that fires nothing gives none."""
-        fired, _, _ = self.listener.listen(features)
+        """One token for each CIF embedding, by greedy or beam search; an utterance that fires nothing gives none.
+
+        Args:
+            slack: also try up to this many tokens more and fewer than CIF counts, the weights scaled to that number,
+                and keep the most probable transcript; one miscounted token else shifts all that follow. 0 is the
+                paper's.
+        """
+        counted, _, _ = self.listener.listen(features)
+        best = self._read(counted, features, num_beams, vision, text)
+        for extra in (step for size in range(1, slack + 1) for step in (-size, size)):
+            lengths = (counted.lengths + extra).clamp_min(1).where(counted.lengths > 0, counted.lengths)
+            other = self._read(self.listener.listen(features, lengths)[0], features, num_beams, vision, text)
+            best = [max(pair, key=lambda transcript: transcript.log_prob) for pair in zip(best, other, strict=True)]
+        return best
+
+    def _read(
+        self, fired: CIFOutput, features: Features, num_beams: int, vision: Features | None, text: Features | None
+    ) -> list[Transcript]:
         tokens, scores = self._search(Features(fired.x, fired.lengths), num_beams, vision, text)
         frames = (fired.fire_times * self.listener.stride).minimum(features.lengths[:, None])
         return [

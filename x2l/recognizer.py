@@ -54,10 +54,10 @@ class Vocabulary:
         Raises:
             ValueError: the transcript is empty, or holds a token outside the vocabulary; the message names it.
         """
-        index = {token: i for i, token in enumerate(self.token_ids)}
-        ids = tokenizer(f" {spoken_form(text)}", add_special_tokens=False)["input_ids"]
+        spoken, index = spoken_form(text), {token: i for i, token in enumerate(self.token_ids)}
+        ids = tokenizer(f" {spoken}", add_special_tokens=False)["input_ids"] if spoken else []
         foreign = [tokenizer.decode([i]) for i in ids if i not in index]
-        if foreign or not spoken_form(text):
+        if foreign or not spoken:
             raise ValueError(f"the transcript {text!r} has no tokens, or tokens outside the vocabulary: {foreign}")
         return [index[i] for i in ids]
 
@@ -85,13 +85,16 @@ class Recognizer:
         self.spellings, self.seconds_per_frame, self.max_seconds = spellings, seconds_per_frame, max_seconds
 
     @torch.inference_mode()
-    def transcribe(self, waves: Sequence[np.ndarray], num_beams: int = 1) -> list[list[tuple[str, float]]]:
-        """Each waveform (S,) float32 at 16 kHz to its tokens, with the second at which each was complete."""
+    def transcribe(self, waves: Sequence[np.ndarray], num_beams: int = 1, slack: int = 1) -> list[list[tuple[str, float]]]:
+        """Each waveform (S,) float32 at 16 kHz to its tokens, with the second at which each was complete.
+
+        ``num_beams`` and ``slack`` are those of `CIFASR.transcribe`.
+        """
         pieces = [(i, piece) for i, wave in enumerate(waves) for piece in windows(wave, self.max_seconds)]
         features = self.asr.encoder(**self.processor([piece for _, piece in pieces]))
         results: list[list[tuple[str, float]]] = [[] for _ in waves]
         begins = [0.0] * len(waves)
-        for (i, piece), transcript in zip(pieces, self.asr.transcribe(features, num_beams), strict=True):
+        for (i, piece), transcript in zip(pieces, self.asr.transcribe(features, num_beams, slack), strict=True):
             ends = [min(frame * self.seconds_per_frame, len(piece) / RATE) + begins[i] for frame in transcript.frames]
             results[i] += zip([self.spellings[token] for token in transcript.tokens], ends, strict=True)
             begins[i] += len(piece) / RATE

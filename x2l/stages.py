@@ -78,7 +78,8 @@ def asr_stage(cfg: TrainConfig) -> Stage:
     vocabulary = Vocabulary.of(built.renderer.tokenizer, args.pop("vocabulary"))
     encoder: Any = built.model.modalities["speech"].get_submodule("encoder")
     listener = Listener(encoder.width, **cfg.model.modalities["speech"].interface["listener"])
-    decoder = Decoder(len(vocabulary.texts), listener.width, **args.pop("decoder"))
+    width = listener.width // listener.parts
+    decoder = Decoder(len(vocabulary.texts), width, parts=listener.parts, **args.pop("decoder"))
     if args.pop("moonshine", False):
         import_moonshine(*moonshine.decoder_weights(), vocabulary.texts, decoder)
     model = CIFASR(encoder, listener, decoder, vocabulary.spelling, **args)

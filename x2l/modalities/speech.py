@@ -27,6 +27,8 @@ class Listener(nn.Module):
         width: of the context blocks and of the embeddings.
         stride: frames that are averaged into one before anything else; the rest is lighter by that factor.
         num_blocks, ffn_width, num_heads, kernel, dropout: of the Conformer blocks.
+        parts: CIF fires this often a token, and their embeddings side by side are the token's: what was said first in
+            a word stays apart from what was said last. 1 is the paper's.
         rate: weight a thinned-out frame that an untrained model gives, spoken tokens a frame in typical speech.
     """
 
@@ -40,17 +42,18 @@ class Listener(nn.Module):
         num_heads: int = 8,
         kernel: int = 15,
         dropout: float = 0.1,
+        parts: int = 1,
         rate: float = 0.12,
     ) -> None:
         super().__init__()
-        self.width, self.stride = width, stride
+        self.width, self.stride, self.parts = width * parts, stride, parts
         self.project = nn.Identity() if in_width == width else nn.Linear(in_width, width)
         self.blocks = nn.ModuleList(ConformerBlock(width, ffn_width, num_heads, kernel, dropout) for _ in range(num_blocks))
         self.residual = nn.Linear(width, width)
         nn.init.zeros_(self.residual.weight)  # an untrained listener hands on the encoder's own frames
         nn.init.zeros_(self.residual.bias)
         self.cif = CIF(width, dropout=dropout)
-        nn.init.constant_(self.cif.fc.bias, torch.tensor(rate).logit().item())
+        nn.init.constant_(self.cif.fc.bias, torch.tensor(rate * parts).logit().item())
 
     def frames(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,)."""
@@ -72,12 +75,26 @@ class Listener(nn.Module):
         ``target_lengths`` (N,) scales the weights to that many tokens: for the training of stage 1 alone.
         """
         hidden, frames, lengths = self.frames(features)
-        return self.cif(Features(frames, lengths), target_lengths), hidden, lengths
+        target_lengths = None if target_lengths is None else target_lengths * self.parts
+        return grouped(self.cif(Features(frames, lengths), target_lengths), self.parts), hidden, lengths
 
     def forward(self, features: Features) -> Features:
         """(N, F, E) -> (N, U, width), U the number of tokens that the listener counts."""
         fired, _, _ = self.listen(features)
         return Features(fired.x, fired.lengths)
+
+
+def grouped(fired: CIFOutput, parts: int) -> CIFOutput:
+    """``parts`` fires to a token: (N, M, C) -> (N, M / parts, parts * C); the last token may lack less than half of it."""
+    if parts == 1:
+        return fired
+    lengths = (fired.lengths + parts // 2) // parts
+    num_tokens = int(lengths.max()) if len(lengths) else 0
+    x = F.pad(fired.x, (0, 0, 0, num_tokens * parts - fired.x.shape[1]))
+    x = x * valid_frames(lengths * parts, x.shape[1])[..., None]
+    last = (torch.arange(1, num_tokens + 1, device=x.device) * parts).minimum(fired.lengths[:, None]) - 1
+    times = fired.fire_times.gather(1, last.clamp_min(0)) * valid_frames(lengths, num_tokens)
+    return CIFOutput(x.unflatten(1, (num_tokens, parts)).flatten(2), lengths, times, fired.quantity / parts)
 
 
 class FrozenListener(Listener):
