@@ -75,26 +75,7 @@ def pope(records: Iterable[Record], per_object: int = 20, seed: int = 0) -> list
 
 
 SETTINGS = (["indoors", "inside", "indoor"], ["outdoors", "outside", "outdoor"])
-FILLERS = {
-    "a",
-    "an",
-    "the",
-    "is",
-    "are",
-    "it",
-    "this",
-    "was",
-    "taken",
-    "photo",
-    "there",
-    "they",
-    "see",
-    "i",
-    "and",
-    "only",
-    "person",
-    "people",
-}
+FILLERS = frozenset("a an the is are it this was taken photo there they see i and only person people".split())
 SHORT_KINDS = ("colour", "clothes colour", "count", "animal", "sport", "setting")  # their answers are a word or two
 
 
