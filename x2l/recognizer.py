@@ -85,7 +85,7 @@ class Recognizer:
         self.spellings, self.seconds_per_frame, self.max_seconds = spellings, seconds_per_frame, max_seconds
 
     @torch.inference_mode()
-    def transcribe(self, waves: Sequence[np.ndarray], num_beams: int = 1, slack: int = 1) -> list[list[tuple[str, float]]]:
+    def transcribe(self, waves: Sequence[np.ndarray], num_beams: int = 1, slack: int = 0) -> list[list[tuple[str, float]]]:
         """Each waveform (S,) float32 at 16 kHz to its tokens, with the second at which each was complete.
 
         ``num_beams`` and ``slack`` are those of `CIFASR.transcribe`.

@@ -100,7 +100,7 @@ def asr_stage(cfg: TrainConfig) -> Stage:
 def match_stage(cfg: TrainConfig) -> Stage:
     """The first half of stage 2 of speech; ``stage_args``: ``vocabulary`` as in stage 1."""
     built = build(cfg.model, cfg.fresh)
-    vocabulary = Vocabulary.of(built.renderer.tokenizer, **cfg.stage_args)
+    vocabulary = Vocabulary.of(built.renderer.tokenizer, cfg.stage_args["vocabulary"])
     table = built.model.llm.get_input_embeddings().weight[vocabulary.token_ids]
     modality = built.model.modalities["speech"]
     model = Matcher(modality, table)
