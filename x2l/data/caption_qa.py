@@ -4,7 +4,8 @@ Five people described the photo independently; a fact becomes an answer only whe
 contradicts. Precision comes first: a photo that yields nothing is common. The rules, one function each:
 
 - colour: two captions give a noun that occurs once in the photo the same colours, none gives others.
-- count: three captions count the same number of dogs, or people; at most one counts fewer; nobody speaks of a crowd.
+- count: three captions count the same number of dogs, or people; at most one counts fewer; nobody speaks of a crowd or,
+  for people, of a busy place.
 - animal, who, sport: the captions name one and the same kind.
 - doing: two captions have the same main verb; the answer is one caption's own clause.
 - wearing: two captions dress the only person in the same garment.
@@ -86,7 +87,9 @@ def _colours(named: list[Mention]) -> str | None:
 
 def count(scene: Scene, rng: random.Random) -> Iterator[Fact]:
     """Ask "How many dogs are there?"; one is asked about half as often, so that it does not become the habit."""
-    numbers = {animal: scene.num_animals(animal) for animal in scene.animals} | {"person": scene.num_people}
+    numbers = {animal: scene.num_animals(animal) for animal in scene.animals}
+    if not scene.support(words.BUSY):
+        numbers["person"] = scene.num_people
     for thing, number in numbers.items():
         if number and (number > 1 or rng.random() < 0.5):
             yield Fact("count1" if number == 1 else "count", _counted(thing, number))

@@ -39,6 +39,10 @@ NOT_PEOPLE = _words(
     "flowers sneakers trousers sweaters towers speakers trailers streamers feathers stickers letters papers waters colors "
     "outdoors indoors doors mirrors pants slippers rollers suspenders headers"
 )
+BUSY = _words(  # where captions leave out the people in the background
+    "market street city sidewalk parade race racing game match concert stadium subway festival fair party competition "
+    "tournament event mall store shop restaurant bar wedding court rugby basketball soccer football baseball hockey"
+)
 ANIMALS = {
     "dog": "dog dogs puppy puppies greyhound greyhounds retriever retrievers poodle poodles dalmatian dalmatians "
     "labrador labradors terrier terriers collie collies pup pups hound hounds dachshund dachshunds doggy doggies",
