@@ -59,7 +59,7 @@ def test_typed_text_is_never_special_and_survives(text: str) -> None:
 
 
 def test_an_unknown_modality_is_named() -> None:
-    with pytest.raises(ValueError, match="reads .*image.*, not 'video'"):
+    with pytest.raises(ValueError, match=r"reads .*image.*, not 'video'"):
         CHAT.prompt([user(Part("video", path="a.mp4"), "What?")])
 
 
@@ -71,7 +71,7 @@ def test_a_sample_without_an_answer_is_refused() -> None:
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
     bare = make_tokenizer()
     bare.chat_template = None
-    with pytest.raises(ValueError, match="template: {name: paper}"):
+    with pytest.raises(ValueError, match=r"template: \{name: paper\}"):
         ChatTemplate(bare)
 
 

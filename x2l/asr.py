@@ -157,7 +157,7 @@ class CIFASR(nn.Module):
     def forward(self, batch: Spoken) -> Output:
         """The stage's loss, summed over the tokens of the batch."""
         media, tokens, token_lengths, vision, text = batch
-        features = self.encoder(**media.inputs) if media.features is None else media.features
+        features = self.encoder(**(media.inputs or {})) if media.features is None else media.features
         fired, hidden, lengths = self.listener.listen(features, token_lengths)
         valid = valid_frames(token_lengths, tokens.shape[1])
         logits = self.decoder(tokens[:, :-1], Features(fired.x, fired.lengths), vision, text)[valid]
@@ -258,11 +258,11 @@ def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: l
             for theirs, own in MOONSHINE_NAMES.items():
                 ours = ours.replace(f".{theirs}.", f".{own}.")
             renamed[ours] = value
-    own = {name: value.shape for name, value in decoder.state_dict().items() if ".context_" not in name}
+    shapes = {name: value.shape for name, value in decoder.state_dict().items() if ".context_" not in name}
     wrong = sorted(
         name
-        for name in own.keys() | renamed.keys()
-        if name not in own or name not in renamed or own[name] != renamed[name].shape
+        for name in shapes.keys() | renamed.keys()
+        if name not in shapes or name not in renamed or shapes[name] != renamed[name].shape
     )
     if wrong:
         raise ValueError(f"not a Moonshine decoder of this shape, see {wrong[:8]}")

@@ -74,7 +74,7 @@ def build(config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | N
         processors[name], decoders[name] = processor, kind.decoder
         if part.weights and name not in fresh:
             load_strict(modalities[name].interface, shipped_file(part.weights))
-    model = XLLM(llm, modalities).eval()
+    model = XLLM(llm, modalities).to(default_device()).eval()
     template = TEMPLATES[config.template.name]
     if config.template.name == "paper":
         renderer_template: Any = template(tokenizer.eos_token)
@@ -114,6 +114,11 @@ def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, An
         raise ValueError(f"{path} does not fit: missing {missing[:8]}, extra {extra[:8]}, other shapes {shapes[:8]}")
     module.load_state_dict(state)
     return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+
+
+def default_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {"blip2": import_blip2}

@@ -51,4 +51,6 @@ class Modality(nn.Module):
 
     def forward(self, media: Media) -> Features:
         """Embeddings (N, U, D) with their lengths."""
-        return self.interface(self.encode(media))
+        features = self.encode(media)
+        device = next(self.interface.parameters()).device
+        return self.interface(Features(features.x.to(device), features.lengths.to(device)))

@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from x2l import checkpoint, optim
+from x2l.build import default_device
 from x2l.config import TrainConfig, digest
 from x2l.data.feed import Feed, open_feed
 from x2l.stages import STAGES, Stage
@@ -54,7 +55,7 @@ def train(cfg: TrainConfig) -> Path:
             torch.set_num_threads(cfg.threads)
         torch.manual_seed(cfg.seed)
         stage = STAGES[cfg.stage](cfg)
-        model = stage.model
+        model = stage.model.to(default_device())
         rates = optim.select(model, cfg.trainable)
         optimizer = optim.adamw(model, rates, cfg.betas, cfg.weight_decay)
         frozen = checkpoint.frozen_digest(model)
@@ -150,8 +151,10 @@ def evaluate(cfg: TrainConfig, stage: Stage, feed: Feed) -> float:
 
 
 def fill_cache(stage: Stage, feeds: list[Feed]) -> None:
-    """See every record once, so that slow encoders run before the loop, under a bar of their own."""
-    # Two epochs of views: a random view a pass would leave holes that the loop then fills as it meets them.
+    """See every record once, so that slow encoders run before the loop, under a bar of their own.
+
+    Mirrored views are computed when the loop first meets them.
+    """
     batches = [(feed, step) for feed in feeds for step in range(len(feed))]
     for feed, step in tqdm(batches, desc="encoder features", unit="batch", dynamic_ncols=True, leave=False):
         families = feed.batch(step)

@@ -45,6 +45,9 @@ class WordReader(nn.Module):
         std: standard deviation of the LLM's token embeddings.
     """
 
+    center: Tensor
+    words: Tensor
+
     def __init__(self, interface: nn.Module, words_VD: Tensor, frequency_V: Tensor, std: float):
         super().__init__()
         self.interface = interface
@@ -57,7 +60,8 @@ class WordReader(nn.Module):
 
     def scores(self, features: Features) -> tuple[Tensor, Tensor]:
         """Word logits (N, V) and embeddings (N, Q, D)."""
-        embeds: Tensor = self.interface(features).x
+        device = self.words.device
+        embeds: Tensor = self.interface(Features(features.x.to(device), features.lengths.to(device))).x
         cosine = F.normalize(embeds - self.center, dim=-1) @ self.words.to(embeds.dtype).T
         logits = torch.logsumexp(cosine.float() * self.log_scale.exp(), dim=1) - math.log(embeds.shape[1])
         return logits + self.bias, embeds
@@ -65,9 +69,9 @@ class WordReader(nn.Module):
     def forward(self, batch: WordBatch) -> Output:
         """Loss summed over pictures, counted by pictures; logs the precision of the eight best words."""
         logits, embeds = self.scores(batch.features)
-        loss = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(logits, batch.targets.to(logits.device), reduction="sum")
         off_scale = (embeds.float().std() / self.std - 1) ** 2
-        hits = (batch.targets.gather(1, logits.topk(8, dim=1).indices) > 0).float().mean()
+        hits = (batch.targets.gather(1, logits.topk(8, dim=1).indices.cpu()) > 0).float().mean()
         return Output(loss + len(logits) * off_scale, len(logits), {"precision_at_8": float(hits)})
 
 

@@ -48,12 +48,13 @@ def messages(record: Record, rng: random.Random) -> list[Sample]:
     return [Sample(sample.id, resolved, sample.meta)]
 
 
-def caption(record: Record, rng: random.Random, lang: str = "en") -> list[Sample]:
+def caption(record: Record, rng: random.Random, lang: str = "en", num: int | None = None) -> list[Sample]:
     """One sample for each caption in ``record.fields[lang]``; all of them share one sampled instruction, as one
     prefix."""
     image, question = media_part(record, "image"), rng.choice(instructions("caption", lang))
     meta = {"task": "caption", "lang": lang}
-    texts = [tidy(text, lang) for text in _texts(record, lang)]
+    captions = _texts(record, lang)
+    texts = [tidy(text, lang) for text in (captions if num is None else rng.sample(captions, min(num, len(captions))))]
     return [
         Sample(f"{record.key}/caption-{lang}-{i}", (user(image, question), assistant(text)), meta)
         for i, text in enumerate(texts)

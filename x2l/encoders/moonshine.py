@@ -199,7 +199,8 @@ def build_transcriber(threads: int = 0) -> MoonshineTranscriber:
     Raises:
         ValueError: the weights cannot be had.
     """
-    return MoonshineTranscriber(*(resolve(f"{ASSETS}/{name}", sha) for name, sha in SHA256.items()), threads=threads)
+    encoder, decoder, tokens = (resolve(f"{ASSETS}/{name}", sha) for name, sha in SHA256.items())
+    return MoonshineTranscriber(encoder, decoder, tokens, threads=threads)
 
 
 def decoder_weights() -> tuple[dict[str, Tensor], list[bytes]]:
