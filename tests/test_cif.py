@@ -161,9 +161,7 @@ def test_torch_cif():
         assert torch.equal(ours.lengths, theirs["cif_lengths"][0])
         torch.testing.assert_close(ours.x, theirs["cif_out"][0], atol=2e-4, rtol=0)
         targets = torch.tensor([20, 50, 9, 3])
-        theirs = torch_cif.cif_function(
-            x, alpha, padding_mask=padding, target_lengths=targets, unbound_alpha=True, eps=0.0
-        )
+        theirs = torch_cif.cif_function(x, alpha, padding_mask=padding, target_lengths=targets, unbound_alpha=True, eps=0.0)
         torch.testing.assert_close(cif(x, alpha, lengths, targets).x, theirs["cif_out"][0], atol=2e-4, rtol=0)
 
 

@@ -113,9 +113,7 @@ def fetched(root: Path) -> None:
 def msrvtt(root: Path) -> None:
     videos = [{"video_id": f"video{i}", "split": "train"} for i in range(5)] + [{"video_id": "video9", "split": "validate"}]
     sentences = [{"video_id": f"video{i}", "caption": "a man sings", "sen_id": i} for i in (0, 1, 2, 3, 9)]
-    put(
-        root / "train_val_videodatainfo.json", json.dumps({"videos": videos, "sentences": [*sentences, {"video_id": "video4"}]})
-    )
+    put(root / "train_val_videodatainfo.json", json.dumps({"videos": videos, "sentences": [*sentences, {"video_id": "video4"}]}))
     for i in range(3):
         put(root / f"TrainValVideo/video{i}.mp4", clip())
     put(root / "TrainValVideo/video3.mp4", clip()[:100])

@@ -82,9 +82,7 @@ def test_captions_share_photo_and_instruction() -> None:
     assert samples[0].media[0].bytes is samples[1].media[0].bytes is PHOTO.media["jpg"]
     assert [s.id for s in samples] == ["p1/caption-en-0", "p1/caption-en-1"]
     assert samples == TASKS["caption"](PHOTO, random.Random(3))
-    assert {TASKS["caption"](PHOTO, random.Random(i))[0].messages[0].text for i in range(400)} == set(
-        instructions("caption", "en")
-    )
+    assert {TASKS["caption"](PHOTO, random.Random(i))[0].messages[0].text for i in range(400)} == set(instructions("caption", "en"))
     assert TASKS["caption"](PHOTO, random.Random(0), lang="zh")[0].messages[-1].text == "一只狗。"
 
 

@@ -25,8 +25,7 @@ def sound(seconds: float) -> bytes:
 def mixed(tmp_path: Path) -> Path:
     """Ten rows: photos and sounds by three speakers; one broken photo, one empty text, one repeated photo."""
     rows = {
-        f"photo{i}": {"png": picture((i, 0, 0)), "json": json.dumps({"en": ["A dog."], "zh": ["狗。"]}).encode()}
-        for i in range(4)
+        f"photo{i}": {"png": picture((i, 0, 0)), "json": json.dumps({"en": ["A dog."], "zh": ["狗。"]}).encode()} for i in range(4)
     }
     for i in range(4):
         fields = {"text": "hello", "spk": f"s{i % 3}", "licence": "CC0"}
@@ -111,9 +110,9 @@ def test_split_never_separates_a_group(tmp_path: Path, by: str) -> None:
     assert sum(len(read_source([str(p) for p in paths])) for paths in parts.values()) == 120
     half = str(write_shard(tmp_path / "half.tar", dict(list(rows.items())[:60])))
     fewer = split(half, tmp_path / "fewer", by, {"train": 0.6, "val": 0.2, "test": 0.2})
-    assert all(
-        {r.fields["spk"] for r in read_source([str(p) for p in paths])} <= groups[part] for part, paths in fewer.items()
-    ), "a group's part does not depend on the other rows"
+    assert all({r.fields["spk"] for r in read_source([str(p) for p in paths])} <= groups[part] for part, paths in fewer.items()), (
+        "a group's part does not depend on the other rows"
+    )
 
 
 def test_split_refuses_what_it_cannot_do(mixed: Path, tmp_path: Path) -> None:

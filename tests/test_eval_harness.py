@@ -130,9 +130,7 @@ def test_lm_eval(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.Monke
     samples = results["samples"]["x2l_text_fixture"]
     for row, found in zip(rows, sorted(samples, key=lambda s: s["doc_id"]), strict=True):
         scores = [float(response[0][0]) for response in found["resps"]]
-        assert scores == pytest.approx(
-            [log_likelihood(assistant, row["question"], c) for c in (" yes", " no, never")], abs=1e-3
-        )
+        assert scores == pytest.approx([log_likelihood(assistant, row["question"], c) for c in (" yes", " no, never")], abs=1e-3)
 
 
 def log_likelihood(assistant: Assistant, context: str, continuation: str) -> float:

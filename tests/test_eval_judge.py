@@ -163,9 +163,7 @@ def test_replies_that_only_paper_reads(reply, status):
     assert bench.parse_robust(reply) == (None, status)
 
 
-@pytest.mark.parametrize(
-    "reply", ["", "8", "8 9 10", "The scores are 3 and 8.", "8/9", "1e1 9", "９ 8", "1_0 9", "9" * 400 + " 1"]
-)
+@pytest.mark.parametrize("reply", ["", "8", "8 9 10", "The scores are 3 and 8.", "8/9", "1e1 9", "９ 8", "1_0 9", "9" * 400 + " 1"])
 def test_replies_that_robust_refuses(reply):
     assert bench.parse_robust(reply) == (None, "unreadable")
 

@@ -93,17 +93,13 @@ def test_greedy_equals_hugging_face_generate(model: XLLM, collator: Collator) ->
 
 
 def test_the_picture_changes_the_answer_s_loss(model: XLLM, collator: Collator) -> None:
-    losses = [
-        model(collator.train([Sample("s", (user(p, "What?"), assistant("A dog.")))])).loss_sum.item() for p in (A, B)
-    ]
+    losses = [model(collator.train([Sample("s", (user(p, "What?"), assistant("A dog.")))])).loss_sum.item() for p in (A, B)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_sampling_is_seeded_and_checked(model: XLLM, collator: Collator) -> None:
     batch = collator.prompt([CONVERSATIONS[0]])
-    draws = [
-        model.generate(batch, 8, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
-    ]
+    draws = [model.generate(batch, 8, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     with pytest.raises(ValueError, match=r"top_p in \(0, 1\], got .* 1.5"):
         list(model.stream(batch, top_p=1.5))

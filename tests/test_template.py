@@ -81,9 +81,7 @@ def test_shared_prefixes_hold_every_row_once() -> None:
     assert tree.ids.count(-1) == 1
     assert len(tree.ids) < 0.6 * sum(len(row.ids) for row in rows)
     for row in rows:  # every row is a root-to-leaf path: follow it by who sees whom
-        leaf = max(
-            q for q in range(len(tree.ids)) if [tree.ids[k] for k in range(q + 1) if q < tree.reach[k]] == row.ids
-        )
+        leaf = max(q for q in range(len(tree.ids)) if [tree.ids[k] for k in range(q + 1) if q < tree.reach[k]] == row.ids)
         assert [tree.labels[k] for k in range(leaf + 1) if leaf < tree.reach[k]] == row.labels
 
 

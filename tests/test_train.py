@@ -164,7 +164,8 @@ def test_corrupt_photos_are_counted_and_too_many_stop_the_run(recipe: Path, phot
 
 def test_sigterm_saves_the_last_finished_step(recipe: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", "from x2l.cli import main; main()", "train", str(recipe), "steps=100000", "save_every=100000", "val=[]"]
+    main = "from x2l.cli import main; main()"
+    command = [sys.executable, "-c", main, "train", str(recipe), "steps=100000", "save_every=100000", "val=[]"]
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 240

@@ -273,9 +273,7 @@ def test_npm_package(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tools = tmp_path / "bin"
     tools.mkdir()
     npm = tools / "npm"
-    npm.write_text(
-        f'#!/bin/sh\n[ "$5" = "@x/tiny@1.0.0" ] && cp {archive} "$4" || {{ echo "npm error code E404" >&2; exit 1; }}\n'
-    )
+    npm.write_text(f'#!/bin/sh\n[ "$5" = "@x/tiny@1.0.0" ] && cp {archive} "$4" || {{ echo "npm error code E404" >&2; exit 1; }}\n')
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     assert resolve("npm:@x/tiny@1.0.0/model/encoder.onnx", SHA).read_bytes() == BLOB

@@ -107,9 +107,7 @@ def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, An
         metadata = file.metadata() or {}
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape
-    ]
+    shapes = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
     if missing or extra or shapes:
         raise ValueError(f"{path} does not fit: missing {missing[:8]}, extra {extra[:8]}, other shapes {shapes[:8]}")
     module.load_state_dict(state)

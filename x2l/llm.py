@@ -115,9 +115,7 @@ def _convert(gguf: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
 
 
-def _load(
-    name: str, folder: Path, gguf_file: str | None = None, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, folder: Path, gguf_file: str | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if gguf_file is not None:
         source["gguf_file"] = gguf_file

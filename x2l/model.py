@@ -104,9 +104,7 @@ class XLLM(nn.Module):
         stops = torch.tensor([*eos], device=self.device)
         for _ in range(max_new_tokens):
             at = (mask.cumsum(1) - 1).clamp_min(0)[:, -step[next(iter(step))].shape[1] :]
-            out = self.llm(
-                **step, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            out = self.llm(**step, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             token = sample(out.logits[:, -1], temperature, top_p, generator)
             done |= torch.isin(token, stops)

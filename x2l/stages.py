@@ -89,9 +89,7 @@ def asr_stage(cfg: TrainConfig) -> Stage:
     collate = spoken_batches(cfg, built, vocabulary, cached=frozen)
 
     def export() -> dict[str, dict[str, Tensor]]:
-        owned = {"listener": listener, "decoder": decoder, "ctc_head": model.ctc_head} | (
-            {} if frozen else {"encoder": encoder}
-        )
+        owned = {"listener": listener, "decoder": decoder, "ctc_head": model.ctc_head} | ({} if frozen else {"encoder": encoder})
         return {name: module.state_dict() for name, module in owned.items()}
 
     return Stage(model, collate, export)

@@ -47,8 +47,7 @@ WHERE = {
     for place, (nouns, prepositions, _) in words.PLACES.items()
 }
 PRESENCE = {  # thing -> words that name it; those and words near it
-    thing: (frozenset(nouns.split()), frozenset(f"{nouns} {near}".split()))
-    for thing, (_, nouns, near, _) in words.PRESENCE.items()
+    thing: (frozenset(nouns.split()), frozenset(f"{nouns} {near}".split())) for thing, (_, nouns, near, _) in words.PRESENCE.items()
 }
 SPORTS = {name: re.compile(rf"\b(?:{pattern})") for name, pattern in words.SPORTS.items()}
 

@@ -88,9 +88,7 @@ def split(
 
 
 @app.command()
-def view(
-    spec: Spec, out: Annotated[Path, typer.Option(help="the page")] = Path("view.html"), num: int = 24, seed: int = 0
-) -> None:
+def view(spec: Spec, out: Annotated[Path, typer.Option(help="the page")] = Path("view.html"), num: int = 24, seed: int = 0) -> None:
     """Write one HTML page with random rows and their media; it opens offline."""
     from x2l.data.tools import view as run
 

@@ -199,9 +199,7 @@ def shard(spec: str | Sequence[str], out: str | Path, name: str, shard_bytes: in
     return write_shards(read_source(spec), Path(out), name, shard_bytes)
 
 
-def split(
-    spec: str | Sequence[str], out: str | Path, by: str, fractions: dict[str, float], seed: int = 0
-) -> dict[str, list[Path]]:
+def split(spec: str | Sequence[str], out: str | Path, by: str, fractions: dict[str, float], seed: int = 0) -> dict[str, list[Path]]:
     """Divide a source into disjoint parts, never separating rows of one group.
 
     Args:
@@ -259,9 +257,7 @@ def view(spec: str | Sequence[str], out: str | Path, num: int = 24, seed: int = 
             fields = json.dumps(record.fields, ensure_ascii=False, indent=1)
         except (DataError, MediaError) as error:
             shown, fields, record = "", f"bad row: {error}", Record(source.rows[i].key, {})
-        cards.append(
-            f"<figure>{shown}<figcaption>{html.escape(record.key)}</figcaption><pre>{html.escape(fields)}</pre></figure>"
-        )
+        cards.append(f"<figure>{shown}<figcaption>{html.escape(record.key)}</figcaption><pre>{html.escape(fields)}</pre></figure>")
     Path(out).write_text(PAGE.format(title=html.escape(str(spec)), cards="\n".join(cards)), encoding="utf-8")
     return Path(out)
 

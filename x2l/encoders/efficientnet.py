@@ -40,9 +40,7 @@ class EfficientNetLite(nn.Module):
         return Features(feats_NFE, feats_NFE.new_full((len(feats_NFE),), feats_NFE.shape[1], dtype=torch.int64))
 
 
-def build(
-    weights: str = WEIGHTS, sha256: str | None = SHA256
-) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
+def build(weights: str = WEIGHTS, sha256: str | None = SHA256) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
     """EfficientNet-lite0 and its processor.
 
     Args:

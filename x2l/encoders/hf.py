@@ -203,8 +203,7 @@ class WaveProcessor:
     def __call__(self, audio: Sequence[np.ndarray]) -> dict[str, Tensor]:
         padded = [np.pad(wave, (0, max(0, self.shortest - len(wave)))) for wave in map(_waveform, audio)]
         waves = [
-            torch.from_numpy(self.extractor(wave, sampling_rate=RATE, return_tensors="np")["input_values"][0])
-            for wave in padded
+            torch.from_numpy(self.extractor(wave, sampling_rate=RATE, return_tensors="np")["input_values"][0]) for wave in padded
         ]
         lengths = torch.tensor([len(wave) for wave in waves])
         return {"input_values": nn.utils.rnn.pad_sequence(waves, batch_first=True), "lengths": lengths}

@@ -89,9 +89,7 @@ def show(run: Path, num: Annotated[int, typer.Option(help="how many, drawn by se
 
     rows = tasks.results(run)
     for row in random.Random(seed).sample(rows, min(num, len(rows))):
-        typer.echo(
-            f"{row['id']}\n  {row['prompt'].strip()!r}\n  -> {row['raw']}\n  references: {' | '.join(row['references'])}"
-        )
+        typer.echo(f"{row['id']}\n  {row['prompt'].strip()!r}\n  -> {row['raw']}\n  references: {' | '.join(row['references'])}")
 
 
 @app.command()

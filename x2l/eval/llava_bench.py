@@ -76,9 +76,7 @@ def load_answers(path: str | Path, field: str = "text") -> dict[int, str]:
 def judge_message(question: Question, first: str, second: str) -> str:
     """The user message of the judge, byte for byte as LLaVA sends it."""
     boxes = "\n".join(f"{name}: {list(box)}" for name, box in question.boxes)
-    answers = "".join(
-        f"[{question.role} {i}]\n{text}\n\n[End of {question.role} {i}]\n\n" for i, text in ((1, first), (2, second))
-    )
+    answers = "".join(f"[{question.role} {i}]\n{text}\n\n[End of {question.role} {i}]\n\n" for i, text in ((1, first), (2, second)))
     captions = "\n".join(question.captions)
     return f"[Context]\n{captions}\n\n{boxes}\n\n[Question]\n{question.text}\n\n{answers}[System]\n{question.rule}\n\n"
 

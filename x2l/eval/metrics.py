@@ -73,10 +73,7 @@ def _bleu(hyps: list[str], refs: list[list[str]]) -> dict[str, Stat]:
     for hyp, texts in zip(hyps, refs, strict=True):
         scorer += (hyp, texts)
     rows = np.array(
-        [
-            [*c["correct"], *c["guess"], c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1]]
-            for c in scorer.ctest
-        ],
+        [[*c["correct"], *c["guess"], c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1]] for c in scorer.ctest],
         dtype=np.float64,
     )
     return {f"BLEU-{n}": Stat(rows, partial(_bleu_of_sums, n=n)) for n in (1, 2, 3, 4)}

@@ -21,9 +21,7 @@ LN_EPS = 1e-12  # BERT's
 class Attention(nn.Module):
     """Multi-head attention, output projection, residual and norm: after the sum as in BERT, or before the attention."""
 
-    def __init__(
-        self, width: int, heads: int, context_width: int | None = None, dropout: float = 0.1, pre_norm: bool = False
-    ):
+    def __init__(self, width: int, heads: int, context_width: int | None = None, dropout: float = 0.1, pre_norm: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by heads {heads}")
@@ -68,9 +66,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention over queries and text, cross-attention and one FFN for queries, another FFN for text."""
 
-    def __init__(
-        self, width: int, heads: int, encoder_width: int | None, text: bool, dropout: float, pre_norm: bool = False
-    ):
+    def __init__(self, width: int, heads: int, encoder_width: int | None, text: bool, dropout: float, pre_norm: bool = False):
         super().__init__()
         self.attention = Attention(width, heads, None, dropout, pre_norm)
         self.cross = Attention(width, heads, encoder_width, dropout, pre_norm) if encoder_width else None
