@@ -106,6 +106,7 @@ def scoreboard(
     data_root: Annotated[Path, typer.Argument(help="folder that holds flickr8k, speechocean762, ...")],
     model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
     out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/scoreboard"),
+    only: Annotated[Optional[list[str]], typer.Option(help="a task (caption, pope, qa, asr, ...); may be repeated")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(help="at most so many samples an entry")] = None,  # noqa: UP045
     batch_size: int = 8,
     seed: int = 0,
@@ -119,10 +120,13 @@ def scoreboard(
     from x2l.assistant import Assistant
     from x2l.eval import report, suite
 
+    entries = [entry for entry in suite.SCOREBOARD if not only or entry.task in only]
+    if not entries:
+        raise ValueError(f"--only {only}: the scoreboard has {sorted({entry.task for entry in suite.SCOREBOARD})}")
     assistant = Assistant.load(model)
     runs, left_out = suite.run(
         assistant, assistant.reads, data_root, out, model_info=assistant.info(), render=assistant.render, limit=limit,
-        batch_size=batch_size, seed=seed,
+        batch_size=batch_size, seed=seed, entries=entries,
     )  # fmt: skip
     typer.echo(report.scoreboard(runs))
     typer.echo("\n".join(f"left out: {line}" for line in left_out))
