@@ -69,7 +69,7 @@ def test_scoreboard_runs_what_model_and_data_allow(tmp_path):
     runs, left_out = suite.run(
         Says("A dog."), ["image"], DATA, tmp_path, model_info=INFO, limit=4, entries=(*suite.SCOREBOARD, missing)
     )
-    assert len(runs) == 3 + 2 + 2 + 1
+    assert len(runs) == 3 + 2 + 2 + 2 + 1
     assert sum("reads no speech" in line for line in left_out) == 3
     assert sum("reads no audio" in line for line in left_out) == 1
     assert sum("no data at" in line for line in left_out) == 1
