@@ -192,10 +192,10 @@ def test_check_video() -> None:
 
 
 def test_length_is_bounded_while_decoding() -> None:
-    hour = sound(np.zeros(16_000 * 3600, np.int16), 16_000, "FLAC")
-    assert len(hour) < 1_000_000
+    silence = sound(np.zeros(16_000 * 900, np.int16), 16_000, "FLAC")
+    assert len(silence) < 300_000
     with pytest.raises(MediaError, match="longer than 30 s"):
-        decode_audio(hour, max_seconds=30)
+        decode_audio(silence, max_seconds=30)
 
 
 @pytest.mark.parametrize(
