@@ -19,7 +19,7 @@ QUESTIONS = ("Describe this photo in one sentence.", "Is there a person in the p
 
 
 def demo(console: Console, model: str = "tiny") -> None:
-    """Ask the default model two questions about each photo, and one with no photo; answers are streamed as they come."""
+    """Ask the default model two questions about each photo; answers are streamed as they come."""
     paths = [resolve(spec, sha256) for spec, sha256 in PHOTOS.items()]
     assistant = Assistant.load(model)
     decode = {"max_new_tokens": 48}
@@ -30,6 +30,4 @@ def demo(console: Console, model: str = "tiny") -> None:
         for question in QUESTIONS:
             console.print(f"[cyan]> {question}[/]", highlight=False)
             chat.ask(question)
-    console.print("\n[bold]no photo[/]\n[cyan]> What is the capital of France?[/]", highlight=False)
-    Chat(assistant, decode, console).ask("What is the capital of France?")
     console.print("\nYour own photo: [bold].venv/bin/x2l chat --image photo.jpg[/]", highlight=False)
