@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from x2l.types import Features
 
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)  # a landing should not hang on a draw
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 CHAT = (

@@ -356,5 +356,5 @@ def test_module_stream_equals_batch_at_every_chunking(seed, num_frames, cuts, ke
     for n in range(2):
         streamed, times = collect(outputs, n)
         assert len(streamed) == whole.lengths[n]
-        torch.testing.assert_close(streamed, whole.x[n, : len(streamed)], atol=1e-4, rtol=0)
-        torch.testing.assert_close(times, whole.fire_times[n, : len(streamed)], atol=1e-4, rtol=0)
+        torch.testing.assert_close(streamed, whole.x[n, : len(streamed)], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(times, whole.fire_times[n, : len(streamed)], atol=1e-4, rtol=1e-4)

@@ -150,10 +150,10 @@ def test_a_decoder_imported_from_moonshine_writes_what_moonshine_writes() -> Non
     from x2l.encoders import moonshine
     from x2l.weights import resolve
 
-    words = ["Ever", " tried", ",", " ever", " failed", ".", " cat"]
+    words = ["Ever", " tried", " ever", " failed", " cat", " the", " is"]
     decoder = Decoder(len(words), 288, 1152, 8, 6).eval()
     import_moonshine(*moonshine.decoder_weights(), words, decoder)
     wave, _ = soundfile.read(resolve(f"{moonshine.ASSETS.removesuffix('/tiny-en')}/beckett.wav"), dtype="float32")
     frames = moonshine.build(threads=1)[0](**MoonshineProcessor()([wave[: 3 * RATE]]))
-    said = torch.tensor([[0, 1, 2, 3, 4]])
-    assert decoder(said[:, :-1], frames).argmax(-1).tolist()[0][1:] == [1, 2, 3, 4]
+    said = torch.tensor([[0, 1, 2, 3]])
+    assert decoder(said[:, :-1], frames).argmax(-1).tolist()[0][1:] == [1, 2, 3]
