@@ -79,3 +79,19 @@ def test_wrong_parts_are_named(change: dict[str, Any], message: str, llm_folder:
     image = cfg["modalities"]["image"] | change  # type: ignore[index]
     with pytest.raises(ValueError, match=message):
         build(ModelConfig.model_validate(cfg | {"modalities": {"image": image}}))
+
+
+def test_a_cformer_starts_from_bert(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel
+
+    from x2l.build import initialise
+    from x2l.interfaces.cformer import CFormer
+
+    bert = BertModel(BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+    save_file(bert.state_dict(), tmp_path / "bert.safetensors")
+    cformer = CFormer(16, width=16, depth=1, heads=2)
+    initialise(cformer, f"bert:{tmp_path / 'bert.safetensors'}")
+    theirs = bert.encoder.layer[0].output.dense.weight
+    assert any(p.shape == theirs.shape and torch.equal(p, theirs) for p in cformer.parameters())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from x2l.config import Component, ModelConfig
 from x2l.encoders import ENCODERS
+from x2l.interfaces.cformer import import_bert
 from x2l.interfaces.qformer import import_blip2
 from x2l.llm import load_llm
 from x2l.modalities import MODALITIES, Kind
@@ -119,7 +120,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {"blip2": import_blip2}
+IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {"blip2": import_blip2, "bert": import_bert}
 
 
 def initialise(module: nn.Module, source: str) -> None:
