@@ -15,8 +15,9 @@ from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
+from x2l.data.collate import raw
 from x2l.eval import bootstrap, controls, metrics, records, tasks
-from x2l.eval.predict import predict, read_part
+from x2l.eval.predict import predict
 from x2l.eval.report import report, scoreboard
 from x2l.types import Part, Sample, user
 
@@ -240,8 +241,8 @@ def test_bad_runs_are_refused(tmp_path):
         predict(Looker(), samples, tmp_path / "b", task="caption", model_info=INFO, control="wrong")
     with pytest.raises(ValueError, match="has no reference"):
         predict(Looker(), [Sample("x", (user("hi"),))], tmp_path / "c", task="caption", model_info=INFO)
-    with pytest.raises(ValueError, match="pass read="):
-        read_part(Part("image", key="1.jpg"))
+    with pytest.raises(ValueError, match="needs bytes or a path"):
+        raw(Part("image", key="1.jpg"))
 
 
 def test_report_is_one_offline_page(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm import tqdm
 
+from x2l.data.collate import raw
 from x2l.eval import records
 from x2l.eval.controls import CONTROLS
 from x2l.eval.tasks import find
@@ -33,19 +34,6 @@ class Generator(Protocol):
 
 Read = Callable[[Part], bytes]
 Render = Callable[[Sample], str]
-
-
-def read_part(part: Part) -> bytes:
-    """The raw bytes of a media part given by path or bytes.
-
-    Raises:
-        ValueError: another source; pass the reader of the data set.
-    """
-    if part.bytes is not None:
-        return part.bytes
-    if part.path is not None:
-        return Path(part.path).read_bytes()
-    raise ValueError(f"cannot read a {part.type} part without path or bytes: pass read= of its data source")
 
 
 def prompt_of(sample: Sample) -> str:
@@ -80,7 +68,7 @@ def predict(
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 8,
-    read: Read = read_part,
+    read: Read = raw,
     render: Render = prompt_of,
 ) -> Path:
     """Answer every sample that has no record yet, and return the run directory.
