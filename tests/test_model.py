@@ -8,12 +8,13 @@ from conftest import Patches, make_llm, make_tokenizer
 
 from x2l.data.collate import Collator
 from x2l.data.pack import Packed, concatenate, share_prefixes
+from x2l.head_loss import head_loss
 from x2l.interfaces.adapter import Adapter
 from x2l.interfaces.qformer import QFormer
 from x2l.modality import Modality
-from x2l.model import XLLM
+from x2l.model import XLLM, common_prefix
 from x2l.template import ChatTemplate, Renderer, Row
-from x2l.types import Features, Message, Part, Sample, assistant, user
+from x2l.types import Batch, Features, Message, Part, Sample, assistant, user
 
 
 def photo(seed: int) -> Part:
@@ -120,3 +121,47 @@ def test_only_the_interface_is_trained(model: XLLM, collator: Collator) -> None:
         assert not model.modalities["image"].encoder.training
     finally:
         model.eval()
+
+
+def test_a_common_prefix_runs_once_and_changes_nothing(model: XLLM, collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collator.train(SAMPLES)
+    assert 0 < common_prefix(batch) < batch.input_ids.shape[1]
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(batch).loss_sum
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    shared = loss_and_gradients()
+    monkeypatch.setattr("x2l.model.common_prefix", lambda batch: 0)
+    for a, b in zip(shared, loss_and_gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_ends_before_pictures_supervision_and_shorter_rows() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 4, 9]])
+    labels, reach = torch.full_like(ids, -100), torch.full_like(ids, 5)
+    assert common_prefix(Batch(ids, labels, reach, {})) == 3
+    labels[0, 3] = 8
+    assert common_prefix(Batch(ids, labels, reach, {})) == 2  # position 2 predicts it
+    ids[:, 1] = -1
+    assert common_prefix(Batch(ids, labels, reach, {})) == 1
+    reach[0, 0] = 2  # the first document of a packed row
+    assert common_prefix(Batch(ids, labels, reach, {})) == 0
+
+
+@pytest.mark.parametrize("block", [1, 64, 2**23])
+def test_head_loss_is_cross_entropy_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("x2l.head_loss.BLOCK", block)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 11).requires_grad_(False)
+    hidden, labels = torch.randn(40, 8, requires_grad=True), torch.randint(11, (40,))
+    expected = torch.nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
+    (want,) = torch.autograd.grad(expected * 0.5, hidden)
+    loss = head_loss(head, hidden, labels)
+    (got,) = torch.autograd.grad(loss * 0.5, hidden)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(head, hidden, labels), expected)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x2l.head_loss import head_loss
 from x2l.modality import Modality
 from x2l.splice import Spliced, parents, positions, splice, visibility
 from x2l.types import IGNORE_INDEX, Batch, Features, Media, Output
@@ -58,7 +59,8 @@ class XLLM(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Summed next-token cross-entropy over the supervised tokens, logits computed for those alone.
 
-        A token is predicted at its parent: the token before it, or, where branches share a prefix, the prefix's end.
+        A token is predicted at its parent: the token before it, or, where branches share a prefix, the prefix's end. What
+        all rows begin with (a system prompt) runs once, for no gradient flows into it.
 
         Raises:
             ValueError: a row is longer than the LLM's context; the message has both counts.
@@ -67,15 +69,16 @@ class XLLM(nn.Module):
         check_context(self.llm, spliced.embeds.shape[1])
         visible = visibility(spliced.reach)
         rows, cols = torch.nonzero(spliced.labels != IGNORE_INDEX, as_tuple=True)
+        start = common_prefix(batch)
         hidden = self.llm.get_decoder()(
-            inputs_embeds=spliced.embeds,
-            attention_mask=additive(visible, spliced.embeds.dtype),
-            position_ids=positions(visible),
-            use_cache=False,
+            inputs_embeds=spliced.embeds[:, start:],
+            attention_mask=additive(visible[:, start:], spliced.embeds.dtype),
+            position_ids=positions(visible)[:, start:],
+            past_key_values=prefix_cache(self.llm, spliced.embeds[:, :start]) if start else None,
+            use_cache=start > 0,
         ).last_hidden_state
-        logits = self.llm.get_output_embeddings()(hidden[rows, parents(visible)[rows, cols]])
-        loss = F.cross_entropy(logits.float(), spliced.labels[rows, cols], reduction="sum")
-        return Output(loss, len(rows))
+        supervised = hidden[rows, parents(visible)[rows, cols] - start]
+        return Output(head_loss(self.llm.get_output_embeddings(), supervised, spliced.labels[rows, cols]), len(rows))
 
     @torch.inference_mode()
     def stream(
@@ -146,6 +149,22 @@ class XLLM(nn.Module):
         )
         stops = {*eos, pad}
         return [ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))] for ids in out.tolist()]
+
+
+@torch.no_grad()
+def prefix_cache(llm: Any, embeds_BPD: Tensor) -> Any:
+    """The LLM's cache of a prefix that B rows share: run once, on the first row, and repeated for all."""
+    cache = llm.get_decoder()(inputs_embeds=embeds_BPD[:1], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(embeds_BPD))
+    return cache
+
+
+def common_prefix(batch: Batch) -> int:
+    """How many leading text tokens, none of them supervised or predicting a supervised one, are the same in all rows."""
+    ids, supervised = batch.input_ids, (batch.labels != IGNORE_INDEX).any(0)
+    same = (ids >= 0).all(0) & (ids == ids[:1]).all(0) & (batch.reach == batch.reach.amax(1, keepdim=True)).all(0)
+    free = ~(supervised | F.pad(supervised[1:], (0, 1), value=True))
+    return int((same & free).cumprod(0).sum())
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

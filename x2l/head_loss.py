@@ -1,0 +1,52 @@
+"""Cross-entropy behind a frozen LM head, in blocks of rows whose logits stay in the processor's cache.
+
+A vocabulary of 50,000 makes the logits of a batch its largest tensor by far. Here their gradient is taken to the hidden states
+in the forward pass, block by block, so that no more than ``BLOCK`` logits exist at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2**23  # logits at a time
+
+
+def head_loss(head: Callable[[Tensor], Tensor], hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+    """Summed cross-entropy of ``head(hidden)`` against ``labels``; ``head`` is frozen and gets no gradient.
+
+    Args:
+        head: (T, D) -> logits (T, V), each row by itself.
+        hidden_TD: hidden states at the predicting positions.
+        labels_T: token ids.
+    """
+    loss: Tensor = _HeadLoss.apply(hidden_TD, labels_T, head)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, labels_T: Tensor, head: Any) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        grad = torch.empty_like(hidden_TD) if wanted else None
+        rows = max(16, BLOCK // head.weight.shape[0])
+        for at in range(0, len(hidden_TD), rows):
+            block = hidden_TD[at : at + rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                part = F.cross_entropy(head(block).float(), labels_T[at : at + rows], reduction="sum")
+            loss += part.detach()
+            if grad is not None:
+                (grad[at : at + rows],) = torch.autograd.grad(part, block)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * gradient.to(grad.dtype), None, None
