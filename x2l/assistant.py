@@ -44,21 +44,21 @@ class Assistant:
         ``sampling`` holds temperature, top_p and generator of `XLLM.stream`.
         """
         batch, ids, sent = self.collator.prompt([messages]), [], ""
-        for (token,) in self.model.stream(batch, max_new_tokens, eos=self._eos, **sampling):
+        for (token,) in self.model.stream(batch, max_new_tokens, eos=self.eos, **sampling):
             if token is None:
                 break
             ids.append(token)
-            text = self._decode(ids)
+            text = self.decode(ids)
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
                 yield text[len(sent) :]
                 sent = text
-        yield self._decode(ids)[len(sent) :]
+        yield self.decode(ids)[len(sent) :]
 
     def generate_text(self, samples: Sequence[Sample], max_new_tokens: int = 128, **decode: Any) -> list[str]:
         """One whole answer for each sample's messages, as a batch; ``decode`` as in `XLLM.generate`."""
         batch = self.collator.prompt([sample.messages for sample in samples])
-        answers = self.model.generate(batch, max_new_tokens, eos=self._eos, pad=self.renderer.eos, **decode)
-        return [self._decode(ids).strip() for ids in answers]
+        answers = self.model.generate(batch, max_new_tokens, eos=self.eos, pad=self.renderer.eos, **decode)
+        return [self.decode(ids).strip() for ids in answers]
 
     def render(self, sample: Sample) -> str:
         """The prompt as the model reads it, each media item as ``<type>``."""
@@ -78,10 +78,12 @@ class Assistant:
         }
 
     @property
-    def _eos(self) -> list[int]:
+    def eos(self) -> list[int]:
+        """Ids that end an answer."""
         configured = self.model.llm.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
         return sorted({self.renderer.eos, *(i for i in more if i is not None)})
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
