@@ -16,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from x2l.config import Component, ModelConfig
+from x2l.architectures import ARCHITECTURES, CHATGLM, ChatGLMShape
+from x2l.config import Component, ModalityConfig, ModelConfig
 from x2l.encoders import ENCODERS
+from x2l.encoders.hf import sketch_speech, sketch_vision
 from x2l.interfaces.cformer import import_bert
 from x2l.interfaces.qformer import import_blip2
-from x2l.llm import load_llm
+from x2l.llm import load_llm, sketch_llm
 from x2l.modalities import MODALITIES, Kind
 from x2l.modality import Modality, Processor
 from x2l.model import XLLM
@@ -60,28 +62,71 @@ def build(config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | N
         dtype or getattr(torch, config.llm.dtype),
         attn_implementation=attention,
     )
-    table: Any = llm.get_input_embeddings().weight
-    encoders: dict[str, tuple[Any, Processor]] = {}
-    modalities, processors, decoders = {}, {}, {}
+    std = float(llm.get_input_embeddings().weight.float().std())  # type: ignore[operator, union-attr]
+    model, processors = assemble(config, llm, std, _encoder)
     for name, part in config.modalities.items():
-        kind: Kind = _lookup(MODALITIES, "modality", part.type or name)
-        key = part.encoder.model_dump_json()
-        if key not in encoders:
-            encoders[key] = _encoder(part.encoder)
-        encoder, processor = encoders[key]
-        widths = (encoder.width, table.shape[1], float(table.float().std()))
-        layers = _call(kind.interface, f"modalities.{name}.interface", part.interface, *widths)
-        modalities[name] = Modality(encoder, layers)
-        processors[name], decoders[name] = processor, kind.decoder
         if part.weights and name not in fresh:
-            load_strict(modalities[name].interface, shipped_file(part.weights))
-    model = XLLM(llm, modalities).to(default_device()).eval()
+            load_strict(model.modalities[name].get_submodule("interface"), shipped_file(part.weights))
+    model = model.to(default_device()).eval()
+    decoders = {name: _kind(name, part).decoder for name, part in config.modalities.items()}
     template = TEMPLATES[config.template.name]
     if config.template.name == "paper":
         renderer_template: Any = template(tokenizer.eos_token)
     else:
         renderer_template = template(tokenizer, config.template.system)
     return Built(model, Renderer(tokenizer, renderer_template, model.sentinels), processors, decoders, config)
+
+
+def assemble(
+    config: ModelConfig, llm: Any, std: float, make_encoder: Callable[[Component], tuple[Any, Any]]
+) -> tuple[XLLM, dict[str, Any]]:
+    """LLM, encoders and untrained interfaces as one model, and a processor for each modality.
+
+    ``std`` is that of the LLM's token embeddings; encoders with the same config are made once.
+    """
+    width = llm.get_input_embeddings().weight.shape[1]
+    encoders: dict[str, tuple[Any, Any]] = {}
+    modalities, processors = {}, {}
+    for name, part in config.modalities.items():
+        key = part.encoder.model_dump_json()
+        if key not in encoders:
+            encoders[key] = make_encoder(part.encoder)
+        encoder, processors[name] = encoders[key]
+        layers = _call(_kind(name, part).interface, f"modalities.{name}.interface", part.interface, encoder.width, width, std)
+        modalities[name] = Modality(encoder, layers)
+    return XLLM(llm, modalities), processors
+
+
+def sketch(config: ModelConfig) -> tuple[XLLM, dict[str, Any]]:
+    """The model of ``config`` on the meta device: every shape, no weights; and what `assemble` gives beside it.
+
+    Hub ids of `x2l.architectures` need no network, others their ``config.json`` alone. Encoders that are no transformers
+    model are built as they are: small ones from a package index with their weights.
+    """
+    source = _architecture(config.llm.spec, config.llm.sha256)
+    llm = ChatGLMShape() if source == CHATGLM else sketch_llm(source, getattr(torch, config.llm.dtype))
+    with torch.device("meta"):
+        return assemble(config, llm, 1.0, _sketch_encoder)
+
+
+def _architecture(spec: str, sha256: str | None = None) -> Any:
+    """Published sizes, or a local folder or file that tells them."""
+    name = spec.removeprefix("hf:").partition("@")[0]
+    if spec.startswith("hf:") and not spec.endswith(".gguf"):
+        known = CHATGLM if name == CHATGLM else ARCHITECTURES.get(name)
+        return known or resolve(f"{spec}/config.json").parent
+    return resolve(spec, sha256)
+
+
+def _sketch_encoder(component: Component) -> tuple[Any, Any]:
+    sketches: dict[str, Callable[..., nn.Module]] = {"vision": sketch_vision, "speech": sketch_speech}
+    if component.name in sketches:
+        args = dict(component.args)
+        return _call(sketches[component.name], f"encoder {component.name}", args, _architecture(args.pop("weights"))), None
+    if component.name == "conformer":
+        return _encoder(component)
+    with torch.device("cpu"):
+        return _encoder(component)
 
 
 def shipped_file(spec: str) -> Path:
@@ -151,6 +196,11 @@ def _lookup(table: Mapping[str, Any], what: str, name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{what} {name!r} cannot be imported: {error}") from error
+
+
+def _kind(name: str, part: ModalityConfig) -> Kind:
+    kind: Kind = _lookup(MODALITIES, "modality", part.type or name)
+    return kind
 
 
 def _encoder(component: Component) -> tuple[nn.Module, Processor]:

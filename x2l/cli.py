@@ -107,6 +107,27 @@ def train(recipe: Annotated[str, typer.Argument(help="a shipped name, or a path"
 
 
 @app.command()
+def info(
+    recipe: Annotated[str, typer.Argument(help="a model or training recipe: a shipped name, or a path")],
+    overrides: Overrides = None,
+    text: Annotated[int, typer.Option(help="tokens of text in a sample")] = 64,
+    seconds: Annotated[float, typer.Option(help="length of the sound in a sample")] = 10.0,
+) -> None:
+    """What a recipe costs: parameters, memory and operations, on the meta device, without weights.
+
+    Examples:
+
+        x2l info models/paper.yaml
+
+        x2l info paper llm.spec=hf:zai-org/chatglm-6b
+    """
+    from x2l.info import info as tell
+    from x2l.info import show
+
+    show(tell(recipe, overrides or [], text, seconds), console)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from x2l.config import RECIPES, shipped

@@ -14,7 +14,7 @@ import torch
 import transformers
 from filelock import FileLock
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from x2l.weights import cache_dir, resolve, sha256_of
 
@@ -53,6 +53,32 @@ def load_llm(
     model.requires_grad_(False).eval()
     probe_inputs_embeds(model, spec)
     return model, tokenizer
+
+
+def sketch_llm(architecture: dict[str, Any] | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal LM of an architecture on the meta device: shapes without weights.
+
+    Args:
+        architecture: ``model_type`` and its sizes, or a folder with ``config.json``, or a GGUF file.
+
+    Raises:
+        ValueError: transformers knows no such causal LM.
+    """
+    if isinstance(architecture, Path) and architecture.is_file():
+        architecture = _dequantised(architecture, sha256_of(architecture))
+    try:
+        config = read_config(architecture)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{architecture}: transformers {transformers.__version__} knows no such causal LM: {error}") from error
+
+
+def read_config(architecture: dict[str, Any] | Path) -> Any:
+    """The transformers configuration of ``model_type`` and its sizes, or of a folder with ``config.json``."""
+    if isinstance(architecture, Path):
+        return AutoConfig.from_pretrained(architecture, trust_remote_code=False, local_files_only=True)
+    return AutoConfig.for_model(**architecture)
 
 
 def probe_inputs_embeds(model: nn.Module, name: str) -> None:

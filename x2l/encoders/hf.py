@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
 
 from x2l.encoders import ctranslate2
-from x2l.llm import quiet
+from x2l.llm import quiet, read_config
 from x2l.types import Features
 from x2l.weights import resolve
 
@@ -116,6 +116,16 @@ def build_vision(
         model = _model(weights, half, folder, key_mapping={"^vision_model\\.": ""}, **options)
     processor = _checked(weights, AutoImageProcessor.from_pretrained, folder, backend="pil")
     return VisionEncoder(model, layer), ImageProcessor(processor)
+
+
+def sketch_vision(architecture: dict[str, Any] | Path, layer: int | None = None, dtype: str = "float32", **_: Any) -> VisionEncoder:
+    """The encoder of `build_vision` on the meta device; ``architecture`` as in `x2l.llm.read_config`."""
+    config = read_config(architecture)
+    config = getattr(config, "vision_config", config)
+    with torch.device("meta"):
+        half = VISION_HALVES.get(config.model_type)
+        model = AutoModel.from_config(config, dtype=_dtype(dtype)) if half is None else half(config).to(_dtype(dtype))
+    return VisionEncoder(model, layer)
 
 
 # ---------------------------------------------------------------- speech
@@ -228,6 +238,13 @@ def build_speech(
     if hasattr(model.config, "feat_extract_norm"):
         return WaveEncoder(model), WaveProcessor(extractor, receptive_field(model.config))
     raise ValueError(f"{weights}: {model.config.model_type} is no speech encoder that X2L knows (Whisper, wav2vec 2.0)")
+
+
+def sketch_speech(architecture: dict[str, Any] | Path, dtype: str = "float32", **_: Any) -> nn.Module:
+    """The encoder of `build_speech` on the meta device; ``architecture`` as in `x2l.llm.read_config`."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(read_config(architecture), dtype=_dtype(dtype))
+    return WhisperEncoder(model.get_encoder()) if model.config.model_type == "whisper" else WaveEncoder(model)
 
 
 def build_whisper_ct2(

@@ -6,6 +6,7 @@ The listener turns frames into one embedding a spoken token. Stage 1 trains it b
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Listener(nn.Module):
         nn.init.zeros_(self.residual.weight)  # an untrained listener hands on the encoder's own frames
         nn.init.zeros_(self.residual.bias)
         self.cif = CIF(width, dropout=dropout)
-        nn.init.constant_(self.cif.fc.bias, torch.tensor(rate * parts).logit().item())
+        nn.init.constant_(self.cif.fc.bias, math.log(rate * parts / (1 - rate * parts)))
 
     def frames(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,)."""
