@@ -116,9 +116,11 @@ def scoreboard(
     Example:
 
         x2l eval scoreboard ../shared/data
+
+        x2l eval table runs/scoreboard --readme README.md
     """
     from x2l.assistant import Assistant
-    from x2l.eval import report, suite
+    from x2l.eval import readme, report, suite
 
     entries = [entry for entry in suite.SCOREBOARD if not only or entry.task in only]
     if not entries:
@@ -128,9 +130,32 @@ def scoreboard(
         assistant, assistant.reads, data_root, out, model_info=assistant.info(), render=assistant.render, limit=limit,
         batch_size=batch_size, seed=seed, entries=entries,
     )  # fmt: skip
-    typer.echo(report.scoreboard(runs))
-    typer.echo("\n".join(f"left out: {line}" for line in left_out))
+    options = {"--model": (model, "tiny"), "--limit": (limit, None), "--batch-size": (batch_size, 8), "--seed": (seed, 0)}
+    chosen = [f" {name} {value}" for name, (value, usual) in options.items() if value != usual]
+    command = f"x2l eval scoreboard {data_root}" + "".join([f" --only {task}" for task in only or []] + chosen)
+    readme.remember(out, command, runs, left_out)
+    typer.echo(readme.render(readme.collect(out)))
     typer.echo(f"page: {report.report(runs, out / 'report.html')}")
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Argument(help="folder of a scoreboard")] = Path("runs/scoreboard"),
+    readme: Annotated[Optional[Path], typer.Option(help="write the tables between its scoreboard marks")] = None,  # noqa: UP045
+) -> None:
+    """Print a scoreboard from its stored records, or write it into a README; no model is needed.
+
+    Example:
+
+        x2l eval table runs/scoreboard --readme README.md
+    """
+    from x2l.eval import readme as page
+
+    board = page.collect(out)
+    if readme is None:
+        typer.echo(page.render(board))
+    else:
+        page.write(readme, board)
 
 
 @app.command("llava-answers")

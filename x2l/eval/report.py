@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,14 @@ def report(run_dirs: Sequence[str | Path], out: str | Path, num_cards: int = 24,
 def _section(task: str, runs: dict[str, Path], num_cards: int, seed: int) -> str:
     if "" not in runs:
         raise ValueError(f"task {task!r} has only control runs {sorted(runs)}: add the run without a control")
-    scored = {control: stored_score(run_dir) for control, run_dir in sorted(runs.items())}
+    scored = scores_of(runs)
     rows = {control: {row["id"]: row for row in results(run_dir)} for control, run_dir in runs.items()}
     ids = list(rows[""])
     drawn = [ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[:num_cards]]
     manifest = json.dumps(records.read_json(runs[""] / "run.json"), ensure_ascii=False, indent=2)
+    warnings = "".join(f"<p class=control>{escape(line)}</p>" for line in _blind(scored))
     return (
-        f"<h2>{escape(task)}</h2>{_table(scored)}{_warning(scored)}"
+        f"<h2>{escape(task)}</h2>{_table(scored)}{warnings}"
         f"<h3>{len(drawn)} of {len(ids)} samples, drawn with seed {seed}</h3>{_cards(drawn, rows, runs)}"
         f"{_spread(scored, rows, runs, num_cards // 3)}"
         f"<details><summary>Run manifest</summary><pre>{escape(manifest)}</pre></details>"
@@ -108,11 +109,18 @@ def _table(scored: dict[str, dict[str, Any]]) -> str:
     """One row for each run and each published system, one column for each score."""
     header, lines = _score_rows(scored)
     cells = [_cells("th", header), *(_cells("td", line) for line in lines)]
-    plain = scored[""]
-    for system, published in PUBLISHED.get((plain["task"], "+".join(plain["langs"])), {}).items():
-        values = (f"{published[name]:g}" if name in published else "" for name in header[3:])
-        cells.append(_cells("td", [system, "", "", *values]))
+    cells += [_cells("td", line) for line in _published_rows(scored, header)]
     return f"<table>{''.join(cells)}</table><small>[..] = 95 % bootstrap interval, resampled by image or speaker</small>"
+
+
+def _published_rows(scored: dict[str, dict[str, Any]], header: list[str]) -> list[list[str]]:
+    """Rows of other systems on the same task and language."""
+    first = next(iter(scored.values()))
+    systems = PUBLISHED.get((first["task"], "+".join(first["langs"])), {})
+    return [
+        [system, "", "", *(f"{published[name]:g}" if name in published else "" for name in header[3:])]
+        for system, published in systems.items()
+    ]
 
 
 def _score_rows(scored: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -129,16 +137,31 @@ def _score_rows(scored: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
 
 
 def scoreboard(run_dirs: Sequence[str | Path]) -> str:
-    """The scores of runs as Markdown tables, one for each task: for a terminal or a README."""
+    """The scores of runs as Markdown tables, one for each task."""
     tables = []
     for task, runs in group(run_dirs).items():
-        scored = {control: stored_score(run_dir) for control, run_dir in sorted(runs.items())}
-        header, lines = _score_rows(scored)
-        rows = [[task, *header[1:]], ["---"] * len(header), *lines]
-        commits = {records.read_json(run / "run.json")["git_commit"] for run in runs.values()}
-        table = [f"| {' | '.join(row)} |" for row in rows]
-        tables.append("\n".join([*table, "", f"Commit {', '.join(sorted(str(c)[:12] for c in commits))}."]))
+        commits = commits_of(runs.values())
+        tables.append(f"{markdown(task, scores_of(runs))}\n\nCommit {commits}.")
     return "\n\n".join(tables)
+
+
+def scores_of(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The stored scores of one task's runs by control, the plain run first."""
+    return {control: stored_score(run_dir) for control, run_dir in sorted(runs.items())}
+
+
+def commits_of(run_dirs: Iterable[Path]) -> str:
+    """The commits that made the runs, shortened."""
+    found = {str(records.read_json(run_dir / "run.json")["git_commit"]) for run_dir in run_dirs}
+    return ", ".join(sorted(name[:12] + ("-dirty" if name.endswith("-dirty") else "") for name in found))
+
+
+def markdown(task: str, scored: dict[str, dict[str, Any]]) -> str:
+    """One task's scores by control as a Markdown table, published rows beside them, and what was not earned by looking."""
+    header, lines = _score_rows(scored)
+    rows = [[task, *header[1:]], ["---"] * len(header), *lines, *_published_rows(scored, header)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n\n".join([table, *_blind(scored)])
 
 
 def format_score(value: Any) -> str:
@@ -154,10 +177,14 @@ def format_score(value: Any) -> str:
     return f"{value:.1f}"
 
 
-def _warning(scored: dict[str, dict[str, Any]]) -> str:
-    blind = {control: solved_blind(scored[""], result) for control, result in scored.items() if control}
-    lines = [f"{control} reaches the plain run's interval in {', '.join(names)}" for control, names in blind.items() if names]
-    return "".join(f"<p class=control>Not earned by looking: {escape(line)}.</p>" for line in lines)
+def _blind(scored: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence for each control that reaches the plain run's interval."""
+    blind = {control: solved_blind(scored[""], result) for control, result in scored.items() if control and "" in scored}
+    return [
+        f"Not earned by looking: {control} reaches the plain run's interval in {', '.join(names)}."
+        for control, names in blind.items()
+        if names
+    ]
 
 
 def _plot(name: str, scored: dict[str, dict[str, Any]], values: np.ndarray) -> str:

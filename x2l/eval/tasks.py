@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from x2l.eval.bootstrap import Stat
 Row = dict[str, Any]
 Hypotheses = Sequence[str | None]
 LOWER_IS_BETTER = ("WER", "CER")
+NOT_SKILLS = ("says yes", "neither")  # described beside the scores, neither good nor bad
 FIRST_SCORE = {"caption": "CIDEr"}  # by which samples are ranked; elsewhere the first one of the task
 
 
@@ -185,8 +186,13 @@ def per_sample(run_dir: str | Path) -> tuple[str, np.ndarray]:
     rows = results(run_dir)
     name = records.read_json(Path(run_dir) / "run.json")["task"]
     stats = find(name).stats(_hypotheses(name, rows), rows)
-    first = FIRST_SCORE.get(name) or next(iter(stats), "")
+    first = first_score(name, stats)
     return first, stats[first].statistic(stats[first].rows) if first else np.full(len(rows), np.nan)
+
+
+def first_score(task: str, scores: Mapping[str, Any]) -> str:
+    """The score that stands for a task; "" where it has none."""
+    return FIRST_SCORE.get(task) or next(iter(scores), "")
 
 
 def compare(run_a: str | Path, run_b: str | Path, seed: int = 0) -> dict[str, Row]:
@@ -213,6 +219,8 @@ def solved_blind(plain: Row, control: Row) -> list[str]:
     """The scores that a control run reaches to within the interval of the plain run: not earned by looking."""
     blind = []
     for name, value in plain["scores"].items():
+        if name in NOT_SKILLS:
+            continue
         other = control["scores"][name]["value"]
         if other <= value["high"] if name in LOWER_IS_BETTER else other >= value["low"]:
             blind.append(name)
