@@ -57,15 +57,16 @@ def test_target_lengths_set_the_number_of_embeddings() -> None:
 def test_parts_of_a_token_stay_side_by_side() -> None:
     x = torch.arange(1.0, 8.0).view(1, 7, 1).expand(2, 7, 2)
     times = torch.arange(1.0, 8.0).expand(2, 7).double()
-    fired = CIFOutput(
-        x * torch.tensor([[[1.0]] * 7, [[1.0]] * 5 + [[0.0]] * 2]), torch.tensor([7, 5]), times, torch.tensor([7.2, 5.3])
-    )
+    x = x * torch.tensor([[[1.0]] * 7, [[1.0]] * 5 + [[0.0]] * 2])
+    edges = torch.linspace(0, 1, 9).double() * torch.tensor([[7.2], [5.3]])
+    fired = CIFOutput(x, torch.tensor([7, 5]), times, edges[:, -1].float(), edges)
     tokens = grouped(fired, 3)
     assert tokens.lengths.tolist() == [2, 2]  # a third alone makes no token, two of them do
     assert tokens.x[0].tolist() == [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6]]
     assert tokens.x[1].tolist() == [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 0, 0]]
     assert tokens.fire_times.tolist() == [[3, 6], [3, 5]]
     torch.testing.assert_close(tokens.quantity * 3, fired.quantity)
+    torch.testing.assert_close(tokens.edges * 3, fired.edges)
 
 
 def test_a_frozen_listener_stays_as_it_is() -> None:

@@ -2,7 +2,8 @@
 Dong & Xu, arXiv 1905.11235; multimodal decoder: Han et al., arXiv 2301.13003).
 
 Trained by cross-entropy (label smoothing 0.1), CTC over letters and the quantity loss |sum alpha - tokens|, with CIF
-weights scaled to the token count. Decoding needs no end token: it runs for as many tokens as CIF fired.
+weights scaled to the token count; where the times of the tokens are known, the weights of each token's own frames are
+also asked to add up to 1 (not in the papers). Decoding needs no end token: it runs for as many tokens as CIF fired.
 
 Shape letters: N utterances, F frames, U tokens, K letters, V tokens of the vocabulary, C context items.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x2l.encoders.conformer import Attention, valid_frames
+from x2l.encoders.fbank import SpecAugment
 from x2l.interfaces.cif import CIFOutput
 from x2l.modalities.speech import Listener
 from x2l.types import Features, Media, Output
@@ -28,6 +30,7 @@ class Spoken(NamedTuple):
     media: Media  # the encoder's inputs, or its features (N, F, E)
     tokens: Tensor  # (N, U) right-padded transcripts, indices of the decoder's vocabulary
     token_lengths: Tensor  # (N,), each at least 1
+    ends: Tensor | None = None  # (N, U) when each token was complete, in encoder frames, right-padded
     vision: Features | None = None  # (N, C, vision_width), a context of the multimodal decoder
     text: Features | None = None  # (N, C, text_width), the other one
 
@@ -133,7 +136,10 @@ class CIFASR(nn.Module):
         listener: encoder frames to CIF embeddings.
         decoder: CIF embeddings to tokens.
         spelling: (V, K) letters of each token, 1-based, right-padded with 0: the CTC targets (0 is CTC's blank).
-        ctc_weight, quantity_weight, label_smoothing: of the loss.
+        ctc_weight, quantity_weight, guidance_weight, label_smoothing: of the loss.
+        masks: stretches of cached features that training hides, as in SpecAugment, each at most ``mask_frames`` long.
+        history_noise: share of the tokens that training replaces at random where the decoder reads them, so that it
+            learns to go on after an error.
     """
 
     spelling: Tensor
@@ -146,29 +152,53 @@ class CIFASR(nn.Module):
         spelling: Tensor,
         ctc_weight: float = 0.3,
         quantity_weight: float = 1.0,
+        guidance_weight: float = 1.0,
         label_smoothing: float = 0.1,
+        masks: int = 0,
+        mask_frames: int = 16,
+        history_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder, self.listener, self.decoder = encoder, listener, decoder
+        self.augment = SpecAugment(0, 0, masks, mask_frames)
+        self.guidance_weight, self.history_noise = guidance_weight, history_noise
         self.ctc_head = nn.Linear(listener.width // listener.parts, int(spelling.max()) + 1)
         self.register_buffer("spelling", spelling)
         self.ctc_weight, self.quantity_weight, self.label_smoothing = ctc_weight, quantity_weight, label_smoothing
 
     def forward(self, batch: Spoken) -> Output:
         """The stage's loss, summed over the tokens of the batch."""
-        media, tokens, token_lengths, vision, text = batch
-        features = self.encoder(**(media.inputs or {})) if media.features is None else media.features
+        media, tokens, token_lengths, ends, vision, text = batch
+        if media.features is None:
+            features = self.encoder(**(media.inputs or {}))
+        else:
+            x, frame_lengths = media.features
+            features = Features(self.augment(x, frame_lengths), frame_lengths)
         fired, hidden, lengths = self.listener.listen(features, token_lengths)
         valid = valid_frames(token_lengths, tokens.shape[1])
-        logits = self.decoder(tokens[:, :-1], Features(fired.x, fired.lengths), vision, text)[valid]
+        logits = self.decoder(self._misread(tokens[:, :-1]), Features(fired.x, fired.lengths), vision, text)[valid]
         ce = F.cross_entropy(logits.float(), tokens[valid], label_smoothing=self.label_smoothing, reduction="sum")
         quantity = (fired.quantity - token_lengths).abs().sum()
         ctc = self._ctc(hidden, lengths, tokens, token_lengths)
-        loss = ce + self.ctc_weight * ctc + self.quantity_weight * quantity
+        guidance = ce.new_zeros(()) if ends is None else self._guidance(fired, ends, valid)
+        loss = ce + self.ctc_weight * ctc + self.quantity_weight * quantity + self.guidance_weight * guidance
         num_tokens = int(token_lengths.sum())
         right = (logits.argmax(-1) == tokens[valid]).sum()
-        parts = {"ce": ce, "ctc": ctc, "quantity": quantity, "accuracy": right}
+        parts = {"ce": ce, "ctc": ctc, "quantity": quantity, "guidance": guidance, "accuracy": right}
         return Output(loss, num_tokens, {name: float(value.detach()) / num_tokens for name, value in parts.items()})
+
+    def _misread(self, tokens: Tensor) -> Tensor:
+        if not self.training or not self.history_noise:
+            return tokens
+        other = torch.randint_like(tokens, self.decoder.bos)
+        return torch.where(torch.rand(tokens.shape, device=tokens.device) < self.history_noise, other, tokens)
+
+    def _guidance(self, fired: CIFOutput, ends: Tensor, valid: Tensor) -> Tensor:
+        """Sum over tokens of |the weight of a token's own frames - 1|."""
+        at = (ends / self.listener.stride).clamp_max(fired.edges.shape[1] - 1)
+        below = at.long().clamp_max(fired.edges.shape[1] - 2)
+        weight = torch.lerp(fired.edges.gather(1, below), fired.edges.gather(1, below + 1), (at - below).double())
+        return (F.pad(weight, (1, 0)).diff() - 1)[valid].abs().sum().float()
 
     def _ctc(self, hidden: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
         """CTC over letters, each utterance's mean over its letters times its tokens: the scale of the other losses."""
@@ -248,8 +278,8 @@ def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: l
         ValueError: a weight is missing or has another shape, or a token that Moonshine cannot spell.
     """
     table = state["model.decoder.embed_tokens.weight"]
-    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if not piece.startswith(b"<")}
-    rows = [table[_spell(text.replace(" ", "\u2581").encode(), ids)].mean(0) for text in spellings]
+    ids = piece_ids(pieces)
+    rows = [table[spell(text, ids)].mean(0) for text in spellings]
     renamed = {"embedding.weight": torch.stack([*rows, table[1]]), "norm.weight": state["model.decoder.norm.weight"]}
     renamed |= {name: torch.zeros_like(value) for name, value in decoder.state_dict().items() if name.startswith("fuse.")}
     for name, value in state.items():
@@ -280,13 +310,22 @@ MOONSHINE_NAMES = {
 }
 
 
-def _spell(text: bytes, ids: dict[bytes, int]) -> list[int]:
-    """Ids of the pieces of ``text``, the longest first at each place."""
-    found, at = [], 0
-    while at < len(text):
-        end = next((end for end in range(len(text), at, -1) if text[at:end] in ids), None)
+def piece_ids(pieces: list[bytes]) -> dict[bytes, int]:
+    """The id of each of Moonshine's tokens, the special ones (``<s>``) left out."""
+    return {piece: i for i, piece in reversed(list(enumerate(pieces))) if not piece.startswith(b"<")}
+
+
+def spell(text: str, ids: dict[bytes, int]) -> list[int]:
+    """Ids of the pieces of ``text``, the longest first at each place.
+
+    Raises:
+        ValueError: a part of it is no piece.
+    """
+    spelled, found, at = text.replace(" ", "\u2581").encode(), list[int](), 0
+    while at < len(spelled):
+        end = next((end for end in range(len(spelled), at, -1) if spelled[at:end] in ids), None)
         if end is None:
-            raise ValueError(f"no Moonshine token begins {text[at:]!r}")
-        found.append(ids[text[at:end]])
+            raise ValueError(f"no Moonshine token begins {spelled[at:]!r}")
+        found.append(ids[spelled[at:end]])
         at = end
     return found

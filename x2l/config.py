@@ -60,8 +60,17 @@ class ModelConfig(Strict):
     modalities: dict[str, ModalityConfig]
 
 
+class HoldoutConfig(Strict):
+    """A split by the value of a field, so that, for example, no speaker is in both parts; the part is drawn by hash."""
+
+    field: str
+    percent: int = Field(gt=0, lt=100)  # of the field's values that are held out
+    part: Literal["kept", "held_out"]
+
+
 class SourceConfig(Strict):
     path: str | list[str]  # globs of tar shards or JSONL; relative to data_root
+    holdout: HoldoutConfig | None = None
     tasks: dict[str, dict[str, Any]]  # task name -> options (data/tasks.py)
     licence: str  # goes into the model card's ledger
 
@@ -98,7 +107,8 @@ class TrainConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    views: int = 1  # cached augmentations of each item: 1 = as it is, 2 = also mirrored (images)
+    bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
+    views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = also mirrored, or other speeds and noise
     save_every: int = 200
     val_every: int = 200
     val_batches: int = 8
@@ -189,7 +199,8 @@ def _explain(cls: type[BaseModel], error: Any) -> str:
 
 
 def _all_keys(cls: type[BaseModel]) -> list[str]:
-    models: list[type[BaseModel]] = [cls, LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, Schedule]
+    parts = [LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, HoldoutConfig, Schedule]
+    models: list[type[BaseModel]] = [cls, *parts]
     return sorted({field for model in models for field in model.model_fields})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ class Vocabulary:
             raise ValueError(f"no token of this LLM matches {pattern!r}")
         return cls(*map(list, zip(*found, strict=True)))
 
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        return {token: i for i, token in enumerate(self.token_ids)}
+
     @property
     def spelling(self) -> Tensor:
         """(V, K) letters of each token from 1, right-padded with 0: the CTC targets."""
@@ -54,7 +59,7 @@ class Vocabulary:
         Raises:
             ValueError: the transcript is empty, or holds a token outside the vocabulary; the message names it.
         """
-        spoken, index = spoken_form(text), {token: i for i, token in enumerate(self.token_ids)}
+        spoken, index = spoken_form(text), self._index
         ids = tokenizer(f" {spoken}", add_special_tokens=False)["input_ids"] if spoken else []
         foreign = [tokenizer.decode([i]) for i in ids if i not in index]
         if foreign or not spoken:
@@ -99,3 +104,8 @@ class Recognizer:
             results[i] += zip([self.spellings[token] for token in transcript.tokens], ends, strict=True)
             begins[i] += len(piece) / RATE
         return results
+
+    def text(self, wave: np.ndarray, num_beams: int = 1, slack: int = 0) -> str:
+        """The transcript of one waveform, without times."""
+        (tokens,) = self.transcribe([wave], num_beams, slack)
+        return "".join(text for text, _ in tokens).strip()

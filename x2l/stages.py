@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x2l import words
+from x2l.align import Aligner
 from x2l.asr import CIFASR, Decoder, Spoken, import_moonshine
 from x2l.blip2 import NUM_SPECIAL, Blip2
 from x2l.build import Built, build, initialise
@@ -27,7 +28,7 @@ from x2l.match import Matcher
 from x2l.modalities.speech import Listener
 from x2l.modality import Modality
 from x2l.recognizer import Vocabulary
-from x2l.types import Features, Media, Sample
+from x2l.types import Media, Sample
 from x2l.weights import cache_dir
 
 Families = list[list[Sample]]  # the samples of each record of a batch
@@ -71,28 +72,38 @@ def asr_stage(cfg: TrainConfig) -> Stage:
     """Stage 1 of speech: listener and decoder, and the encoder where ``trainable`` names it, else its cached features.
 
     ``stage_args``: ``vocabulary``, a pattern of the LLM's tokens to write in; ``decoder``, arguments of `Decoder`;
-    ``moonshine``, true to start from Moonshine's decoder; and the weights of the losses in `CIFASR`.
+    ``moonshine``, true to start from Moonshine's decoder and to guide CIF by where it looks; and the other arguments of
+    `CIFASR`.
     """
-    args = dict(cfg.stage_args)
+    model, vocabulary, built = asr_model(cfg)
+    aligner = None
+    if cfg.stage_args.get("moonshine"):
+        state, pieces = moonshine.decoder_weights()
+        import_moonshine(state, pieces, vocabulary.texts, model.decoder)
+        aligner = Aligner(state, pieces, vocabulary.texts, **cfg.stage_args["decoder"])
+    for prefix, source in cfg.init.items():
+        initialise(model.get_submodule(prefix), source)
+    encoder = model.encoder
+    frozen = not any(fnmatchcase(f"encoder.{name}", glob) for name, _ in encoder.named_parameters() for glob in cfg.trainable)
+    collate = spoken_batches(cfg, built, vocabulary, cached=frozen, aligner=aligner)
+
+    def export() -> dict[str, dict[str, Tensor]]:
+        owned = ["listener", "decoder", "ctc_head", *([] if frozen else ["encoder"])]
+        return {name: model.get_submodule(name).state_dict() for name in owned}
+
+    return Stage(model, collate, export)
+
+
+def asr_model(cfg: TrainConfig) -> tuple[CIFASR, Vocabulary, Built]:
+    """The untrained model of stage 1, its vocabulary, and what it was built with."""
+    args = {name: value for name, value in cfg.stage_args.items() if name not in ("vocabulary", "decoder", "moonshine")}
     built = build(cfg.model, ["speech"])
-    vocabulary = Vocabulary.of(built.renderer.tokenizer, args.pop("vocabulary"))
+    vocabulary = Vocabulary.of(built.renderer.tokenizer, cfg.stage_args["vocabulary"])
     encoder: Any = built.model.modalities["speech"].get_submodule("encoder")
     listener = Listener(encoder.width, **cfg.model.modalities["speech"].interface["listener"])
     width = listener.width // listener.parts
-    decoder = Decoder(len(vocabulary.texts), width, parts=listener.parts, **args.pop("decoder"))
-    if args.pop("moonshine", False):
-        import_moonshine(*moonshine.decoder_weights(), vocabulary.texts, decoder)
-    model = CIFASR(encoder, listener, decoder, vocabulary.spelling, **args)
-    for prefix, source in cfg.init.items():
-        initialise(model.get_submodule(prefix), source)
-    frozen = not any(fnmatchcase(f"encoder.{name}", glob) for name, _ in encoder.named_parameters() for glob in cfg.trainable)
-    collate = spoken_batches(cfg, built, vocabulary, cached=frozen)
-
-    def export() -> dict[str, dict[str, Tensor]]:
-        owned = {"listener": listener, "decoder": decoder, "ctc_head": model.ctc_head} | ({} if frozen else {"encoder": encoder})
-        return {name: module.state_dict() for name, module in owned.items()}
-
-    return Stage(model, collate, export)
+    decoder = Decoder(len(vocabulary.texts), width, parts=listener.parts, **cfg.stage_args["decoder"])
+    return CIFASR(encoder, listener, decoder, vocabulary.spelling, **args), vocabulary, built
 
 
 def match_stage(cfg: TrainConfig) -> Stage:
@@ -112,23 +123,33 @@ def match_stage(cfg: TrainConfig) -> Stage:
 
 
 def spoken_batches(
-    cfg: TrainConfig, built: Built, vocabulary: Vocabulary, cached: bool
+    cfg: TrainConfig, built: Built, vocabulary: Vocabulary, cached: bool, aligner: Aligner | None = None
 ) -> Callable[[Families, int | None], Spoken]:
-    """Samples of the task ``asr`` to speech with its tokens."""
+    """Samples of the task ``asr`` to speech with its tokens, and with their times where there is an aligner."""
     collator = Collator(built.renderer, built.processors, built.decoders)
     cache = feature_cache(cfg, "speech", built.model.modalities["speech"], collator)
+    times: dict[str, Tensor] = {}  # id and text of a sample -> ends of its tokens as shares of its length, at any speed
+
+    def ends(sample: Sample, item: bytes, ids: Tensor, num_frames: int) -> Tensor:
+        assert aligner is not None
+        key = f"{sample.id} {sample.messages[-1].text}"
+        if key not in times:
+            (frames,) = cache([item], [0])
+            times[key] = aligner.ends(frames, ids.tolist()) / len(frames)
+        return times[key] * num_frames
 
     def collate(families: Families, step: int | None) -> Spoken:
         samples = [sample for family in families for sample in family]
         items = [raw(sample.media[0]) for sample in samples]
         ids = [torch.tensor(vocabulary.encode(built.renderer.tokenizer, sample.messages[-1].text)) for sample in samples]
-        if cached:
-            frames = [x.float() for x in cache(items, [0] * len(items))]
-            lengths = torch.tensor([len(x) for x in frames])
-            media = Media(features=Features(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths))
-        else:
-            media = Media(inputs=collator.process("speech", items))
-        return Spoken(media, nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids]))
+        tokens, token_lengths = nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
+        if not cached:
+            return Spoken(Media(inputs=collator.process("speech", items)), tokens, token_lengths)
+        features = stack(viewed(cache, cfg, step)(items))
+        if aligner is None:
+            return Spoken(Media(features=features), tokens, token_lengths)
+        said = [ends(*each) for each in zip(samples, items, ids, features.lengths.tolist(), strict=True)]
+        return Spoken(Media(features=features), tokens, token_lengths, nn.utils.rnn.pad_sequence(said, batch_first=True))
 
     return collate
 
@@ -200,7 +221,7 @@ def feature_cache(cfg: TrainConfig, name: str, modality: Any, collator: Collator
     fingerprint = hashlib.sha256((settings + frozen_digest(modality.encoder)).encode()).hexdigest()
 
     def encode(items: list[bytes], view: int) -> list[Tensor]:
-        features = modality.encode(Media(inputs=collator.process(name, items, mirror=view == 1)))
+        features = modality.encode(Media(inputs=collator.process(name, items, view)))
         return [x[:length] for x, length in zip(features.x, features.lengths.tolist(), strict=True)]
 
     return FeatureCache(cache_dir() / "features", fingerprint, encode)

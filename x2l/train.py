@@ -59,8 +59,8 @@ def train(cfg: TrainConfig) -> Path:
         rates = optim.select(model, cfg.trainable)
         optimizer = optim.adamw(model, rates, cfg.betas, cfg.weight_decay)
         frozen = checkpoint.frozen_digest(model)
-        feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
-        val = open_feed(cfg.val, cfg.data_root, cfg.batch_size, cfg.seed) if cfg.val else None
+        feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed, cfg.bucket)
+        val = open_feed(cfg.val, cfg.data_root, cfg.batch_size, cfg.seed, cfg.bucket) if cfg.val else None
         total = cfg.steps or math.ceil((cfg.epochs or 1) * len(feed) / cfg.accumulate)
         identity = digest(cfg, exclude=NOT_IDENTITY)
         first = resume(run, model, optimizer, identity)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from x2l.data.media import DECODERS
 from x2l.data.pack import Packed, share_prefixes
+from x2l.data.views import VIEWS
 from x2l.template import Renderer, Row
 from x2l.types import IGNORE_INDEX, Batch, Features, Media, Message, Part, Sample
 
@@ -68,10 +68,10 @@ class Collator:
                 media[name] = Media(inputs=self.process(name, [raw(part) for part in mine]))
         return Batch(column("ids", 0), column("labels", IGNORE_INDEX), column("reach", 0), media)
 
-    def process(self, modality: str, items: Sequence[bytes], mirror: bool = False) -> dict[str, Tensor]:
-        """Raw media -> the encoder's inputs; pictures mirrored left to right on request."""
-        decoded = [DECODERS[self.decoders[modality]](item) for item in items]
-        return self.processors[modality]([ImageOps.mirror(picture) for picture in decoded] if mirror else decoded)
+    def process(self, modality: str, items: Sequence[bytes], view: int = 0) -> dict[str, Tensor]:
+        """Raw media, decoded in one of their views (data/views.py) -> the encoder's inputs."""
+        name = self.decoders[modality]
+        return self.processors[modality]([VIEWS[name](item, view) if view else DECODERS[name](item) for item in items])
 
 
 def raw(part: Part) -> bytes:

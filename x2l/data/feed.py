@@ -28,15 +28,18 @@ class Feed:
         batch_size: records a batch.
         seed: of order and of the tasks' random choices.
         max_bad: fraction of unreadable records that is tolerated.
+        bucket: batches hold media of similar size, which saves padding: within each run of this many batches of the
+            permutation, records are sorted by the bytes of their media, and the batches shuffled. 0 = no such order.
     """
 
-    def __init__(self, streams: Sequence[Stream], batch_size: int, seed: int, max_bad: float = 0.01):
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, streams: Sequence[Stream], batch_size: int, seed: int, max_bad: float = 0.01, bucket: int = 0):
+        self.batch_size, self.seed, self.bucket = batch_size, seed, bucket
         self.index = [(stream, i) for stream in streams for i in range(len(stream.records))]
         if not self.index:
             raise DataError("the mixture holds no record")
         self.issues = Issues(total=len(self.index), max_fraction=max_bad)
         self._order: tuple[int, list[int]] = (-1, [])
+        self._sizes = [self._size(*at) for at in self.index] if bucket else []
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -61,15 +64,62 @@ class Feed:
     def _permutation(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
             order = list(range(len(self.index)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
+            rng = random.Random(f"{self.seed}/{epoch}")
+            rng.shuffle(order)
+            self._order = epoch, self._bucketed(order, epoch, rng) if self.bucket else order
         return self._order[1]
 
+    def _bucketed(self, order: list[int], epoch: int, rng: random.Random) -> list[int]:
+        first = -epoch * len(order) % self.batch_size  # these complete the last batch of the epoch before
+        run = self.bucket * self.batch_size
+        parts = [sorted(order[i : i + run], key=self._sizes.__getitem__) for i in range(first, len(order), run)]
+        batches = [part[i : i + self.batch_size] for part in parts for i in range(0, len(part), self.batch_size)]
+        short = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
+        rng.shuffle(batches)
+        return [*order[:first], *(i for batch in batches for i in batch), *short]
 
-def open_feed(sources: Sequence[Any], root: str, batch_size: int, seed: int) -> Feed:
+    def _size(self, stream: Stream, i: int) -> int:
+        try:
+            return sum(map(len, stream.records[i].media.values()))
+        except DataError:  # counted when its turn comes
+            return 0
+
+
+def open_feed(sources: Sequence[Any], root: str, batch_size: int, seed: int, bucket: int = 0) -> Feed:
     """The feed of a recipe's sources (``path``, ``tasks``), their paths relative to ``root``."""
     streams = []
     for source in sources:
         globs = [source.path] if isinstance(source.path, str) else source.path
-        streams.append(Stream(read_source([str(Path(root) / glob) for glob in globs]), source.tasks))
-    return Feed(streams, batch_size, seed)
+        records: Sequence[Record] = read_source([str(Path(root) / glob) for glob in globs])
+        if source.holdout:
+            wanted = source.holdout.part == "held_out"
+            records = Subset(
+                records,
+                [i for i, r in enumerate(records) if held_out(r, source.holdout.field, source.holdout.percent) == wanted],
+            )
+        streams.append(Stream(records, source.tasks))
+    return Feed(streams, batch_size, seed, bucket=bucket)
+
+
+class Subset(Sequence[Record]):
+    """The records at some indices."""
+
+    def __init__(self, records: Sequence[Record], index: Sequence[int]):
+        self.records, self.index = records, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.records[self.index[i]]
+
+
+def held_out(record: Record, field: str, percent: int) -> bool:
+    """Whether a record is in the held-out part: its value of ``field`` decides, by hash.
+
+    Raises:
+        DataError: the record has no such field.
+    """
+    if field not in record.fields:
+        raise DataError(f"{record.key}: no field {field!r} to split by, it has {', '.join(record.fields)}")
+    return int.from_bytes(hashlib.sha256(str(record.fields[field]).encode()).digest()[:4]) % 100 < percent

@@ -31,6 +31,7 @@ class CIFOutput(NamedTuple):
     lengths: Tensor  # (N,) int64, embeddings of each utterance
     fire_times: Tensor  # (N, U) float64, when each embedding was complete, in frames since the start of the utterance
     quantity: Tensor  # (N,) float32, sum of the unscaled alpha, for the quantity loss |quantity - number of tokens|
+    edges: Tensor  # (N, F + 1) float64, the sum of the unscaled alpha before each frame
 
 
 class CIFState(NamedTuple):
@@ -77,11 +78,9 @@ def cif(
         raise ValueError(f"an utterance is said to have {int(lengths_N.max())} frames in a batch of {num_frames}")
     alpha_NF = alpha_NF.double().masked_fill(_beyond(lengths_N, num_frames), 0.0)
     edges = _accumulate(alpha_NF, alpha_NF.new_zeros(num_items))
-    quantity_N = edges[:, -1].float()
-    if target_lengths_N is not None:
-        edges = _scale(edges, target_lengths_N)
-    x_NUC, counts_N, times_NU = _integrate(x_NFC, edges, lengths_N, tail_threshold)
-    return CIFOutput(x_NUC, counts_N, times_NU, quantity_N)
+    scaled = edges if target_lengths_N is None else _scale(edges, target_lengths_N)
+    x_NUC, counts_N, times_NU = _integrate(x_NFC, scaled, lengths_N, tail_threshold)
+    return CIFOutput(x_NUC, counts_N, times_NU, edges[:, -1].float(), edges)
 
 
 @torch.no_grad()
@@ -112,7 +111,7 @@ def stream(
         fired = fired[:, :width].masked_fill(beyond[..., None], 0.0)
         times = times[:, :width].masked_fill(beyond, 0.0)
     state = state._replace(mean_NC=mean_NC, total_N=total[:, -1], num_frames=state.num_frames + num_frames)
-    return CIFOutput(fired, counts_N, times, (total[:, -1] - total[:, 0]).float()), state
+    return CIFOutput(fired, counts_N, times, (total[:, -1] - total[:, 0]).float(), total - total[:, :1]), state
 
 
 def start(x_NFC: Tensor) -> CIFState:

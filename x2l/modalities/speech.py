@@ -95,7 +95,8 @@ def grouped(fired: CIFOutput, parts: int) -> CIFOutput:
     x = x * valid_frames(lengths * parts, x.shape[1])[..., None]
     last = (torch.arange(1, num_tokens + 1, device=x.device) * parts).minimum(fired.lengths[:, None]) - 1
     times = fired.fire_times.gather(1, last.clamp_min(0)) * valid_frames(lengths, num_tokens)
-    return CIFOutput(x.unflatten(1, (num_tokens, parts)).flatten(2), lengths, times, fired.quantity / parts)
+    x = x.unflatten(1, (num_tokens, parts)).flatten(2)
+    return CIFOutput(x, lengths, times, fired.quantity / parts, fired.edges / parts)
 
 
 class FrozenListener(Listener):
