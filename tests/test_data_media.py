@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from x2l.data.media import MediaError, check_video, decode_audio, decode_image
+from x2l.data.media import MediaError, decode_audio, decode_image
 from x2l.data.sources import read_source
+from x2l.data.video import check_video
 
 ESC10 = Path(__file__).parents[2] / "shared" / "data" / "esc10"
 

@@ -26,7 +26,7 @@ class Assistant:
         self.config = built.config
         self.renderer = built.renderer
         self.tokenizer = built.renderer.tokenizer
-        self.collator = Collator(built.renderer, built.processors, built.decoders)
+        self.collator = Collator(built.renderer, built.processors, built.decoders, built.decode)
 
     @classmethod
     def load(cls, name: str = "tiny", overrides: Sequence[str] = ()) -> Assistant:

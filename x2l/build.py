@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from x2l.architectures import ARCHITECTURES, CHATGLM, ChatGLMShape
 from x2l.config import Component, ModalityConfig, ModelConfig
+from x2l.data.collate import Decoder
+from x2l.data.media import DECODERS
 from x2l.encoders import ENCODERS
 from x2l.encoders.hf import sketch_speech, sketch_vision
 from x2l.interfaces.cformer import import_bert
 from x2l.interfaces.qformer import import_blip2
 from x2l.llm import load_llm, sketch_llm
 from x2l.modalities import MODALITIES, Kind
+from x2l.modalities.video import import_image
 from x2l.modality import Modality, Processor
 from x2l.model import XLLM
 from x2l.template import TEMPLATES, Renderer
@@ -39,7 +43,8 @@ class Built:
     model: XLLM
     renderer: Renderer
     processors: dict[str, Processor]
-    decoders: dict[str, str]  # modality -> decoder of data/media.py
+    decoders: dict[str, Decoder]
+    decode: dict[str, dict[str, Any]]  # modality -> options of its decoder
     config: ModelConfig
 
 
@@ -68,13 +73,14 @@ def build(config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | N
         if part.weights and name not in fresh:
             load_strict(model.modalities[name].get_submodule("interface"), shipped_file(part.weights))
     model = model.to(default_device()).eval()
-    decoders = {name: _kind(name, part).decoder for name, part in config.modalities.items()}
+    decoders = {name: _decoder(name, part) for name, part in config.modalities.items()}
+    decode = {name: part.decode for name, part in config.modalities.items()}
     template = TEMPLATES[config.template.name]
     if config.template.name == "paper":
         renderer_template: Any = template(tokenizer.eos_token)
     else:
         renderer_template = template(tokenizer, config.template.system)
-    return Built(model, Renderer(tokenizer, renderer_template, model.sentinels), processors, decoders, config)
+    return Built(model, Renderer(tokenizer, renderer_template, model.sentinels), processors, decoders, decode, config)
 
 
 def assemble(
@@ -91,8 +97,9 @@ def assemble(
         key = part.encoder.model_dump_json()
         if key not in encoders:
             encoders[key] = make_encoder(part.encoder)
-        encoder, processors[name] = encoders[key]
-        layers = _call(_kind(name, part).interface, f"modalities.{name}.interface", part.interface, encoder.width, width, std)
+        kind = _kind(name, part)
+        encoder, processors[name] = kind.around(*encoders[key])
+        layers = _call(kind.interface, f"modalities.{name}.interface", part.interface, encoder.width, width, std)
         modalities[name] = Modality(encoder, layers)
     return XLLM(llm, modalities), processors
 
@@ -165,7 +172,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {"blip2": import_blip2, "bert": import_bert}
+IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {
+    "blip2": import_blip2,
+    "bert": import_bert,
+    "image": import_image,
+}
 
 
 def initialise(module: nn.Module, source: str) -> None:
@@ -178,7 +189,7 @@ def initialise(module: nn.Module, source: str) -> None:
     if importer not in IMPORTERS:
         load_strict(module, shipped_file(source))
         return
-    path = resolve(spec)
+    path = shipped_file(spec)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     unused = IMPORTERS[importer](state, module)
@@ -201,6 +212,16 @@ def _lookup(table: Mapping[str, Any], what: str, name: str) -> Any:
 def _kind(name: str, part: ModalityConfig) -> Kind:
     kind: Kind = _lookup(MODALITIES, "modality", part.type or name)
     return kind
+
+
+def _decoder(name: str, part: ModalityConfig) -> Decoder:
+    decoder = _kind(name, part).decoder
+    function = _lookup(DECODERS, "decoder", decoder)
+    try:
+        inspect.signature(function).bind(b"", **part.decode)
+    except TypeError as error:
+        raise ValueError(f"modalities.{name}.decode: {error}") from error
+    return decoder if decoder in DECODERS else function
 
 
 def _encoder(component: Component) -> tuple[nn.Module, Processor]:

@@ -50,6 +50,7 @@ class TemplateConfig(Strict):
 class ModalityConfig(Strict):
     type: str | None = None  # a key of MODALITIES, or "module:attribute"; None = the modality's own name
     encoder: Component
+    decode: dict[str, Any] = Field(default_factory=dict)  # options of the decoder (data/views.py), such as num_frames of video
     interface: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None  # safetensors of the trained interface: x2l:file ships with the package, else a spec
 

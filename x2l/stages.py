@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def xllm_stage(cfg: TrainConfig) -> Stage:
     built = build(cfg.model, cfg.fresh, dtype, attention)
     for prefix, source in cfg.init.items():
         initialise(built.model.get_submodule(prefix), source)
-    collator = Collator(built.renderer, built.processors, built.decoders)
+    collator = Collator(built.renderer, built.processors, built.decoders, built.decode)
     caches = {name: feature_cache(cfg, name, built.model.modalities[name], collator) for name in cfg.model.modalities}
 
     def collate(families: Families, step: int | None) -> Any:
@@ -126,7 +127,7 @@ def spoken_batches(
     cfg: TrainConfig, built: Built, vocabulary: Vocabulary, cached: bool, aligner: Aligner | None = None
 ) -> Callable[[Families, int | None], Spoken]:
     """Samples of the task ``asr`` to speech with its tokens, and with their times where there is an aligner."""
-    collator = Collator(built.renderer, built.processors, built.decoders)
+    collator = Collator(built.renderer, built.processors, built.decoders, built.decode)
     cache = feature_cache(cfg, "speech", built.model.modalities["speech"], collator)
     times: dict[str, Tensor] = {}  # id and text of a sample -> ends of its tokens as shares of its length, at any speed
 
@@ -165,7 +166,7 @@ def words_stage(cfg: TrainConfig) -> Stage:
     spelled = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in vocabulary]
     embeds = torch.stack([table[ids].mean(0) for ids in spelled])
     reader = words.WordReader(modality.get_submodule("interface"), embeds, frequency, float(table.std()))
-    cache = feature_cache(cfg, name, modality, Collator(built.renderer, built.processors, built.decoders))
+    cache = feature_cache(cfg, name, modality, Collator(built.renderer, built.processors, built.decoders, built.decode))
     index = {word: i for i, word in enumerate(vocabulary)}
 
     def collate(families: Families, step: int | None) -> words.WordBatch:
@@ -185,7 +186,7 @@ def blip2_stage(cfg: TrainConfig) -> Stage:
     token_ids = sorted({label for sample in samples for label in built.renderer.train(sample).labels if label >= 0})
     former = QFormer(modality.encoder.width, vocab_size=len(token_ids) + NUM_SPECIAL, **settings.interface)
     model = Blip2(Modality(modality.encoder, [former]), token_ids, name, **cfg.stage_args)
-    collator = Collator(built.renderer, built.processors, built.decoders)
+    collator = Collator(built.renderer, built.processors, built.decoders, built.decode)
     cache = feature_cache(cfg, name, modality, collator)
 
     def collate(families: Families, step: int | None) -> Any:
@@ -217,7 +218,8 @@ def viewed(cache: FeatureCache, cfg: TrainConfig, step: int | None) -> Callable[
 def feature_cache(cfg: TrainConfig, name: str, modality: Any, collator: Collator) -> FeatureCache:
     """Features of one modality's frozen encoder, keyed by its weights and settings."""
     assert isinstance(modality, Modality)
-    settings = cfg.model.modalities[name].encoder.model_dump_json()
+    part = cfg.model.modalities[name]
+    settings = part.encoder.model_dump_json() + (json.dumps(part.decode, sort_keys=True) if part.decode else "")
     fingerprint = hashlib.sha256((settings + frozen_digest(modality.encoder)).encode()).hexdigest()
 
     def encode(items: list[bytes], view: int) -> list[Tensor]:

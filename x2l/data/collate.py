@@ -17,6 +17,7 @@ from x2l.template import Renderer, Row
 from x2l.types import IGNORE_INDEX, Batch, Features, Media, Message, Part, Sample
 
 Fetch = Callable[[list[bytes]], list[Tensor]]  # raw media -> cached features (F, E)
+Decoder = str | Callable[..., Any]  # a key of `data.media.DECODERS`, or a function of the raw media and options
 
 
 class Collator:
@@ -25,11 +26,18 @@ class Collator:
     Args:
         renderer: samples -> rows.
         processors: modality -> processor of its encoder.
-        decoders: modality -> name of its decoder in `data.media.DECODERS`.
+        decoders: modality -> its decoder.
+        options: modality -> keyword arguments of its decoder.
     """
 
-    def __init__(self, renderer: Renderer, processors: Mapping[str, Any], decoders: Mapping[str, str]):
-        self.renderer, self.processors, self.decoders = renderer, processors, decoders
+    def __init__(
+        self,
+        renderer: Renderer,
+        processors: Mapping[str, Any],
+        decoders: Mapping[str, Decoder],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.renderer, self.processors, self.decoders, self.options = renderer, processors, decoders, options or {}
 
     def train(self, samples: Sequence[Sample], fetch: Mapping[str, Fetch] | None = None) -> Batch:
         """Rows with labels; neighbouring samples about the same media become one row with shared prefixes.
@@ -70,8 +78,20 @@ class Collator:
 
     def process(self, modality: str, items: Sequence[bytes], view: int = 0) -> dict[str, Tensor]:
         """Raw media, decoded in one of their views (data/views.py) -> the encoder's inputs."""
-        name = self.decoders[modality]
-        return self.processors[modality]([VIEWS[name](item, view) if view else DECODERS[name](item) for item in items])
+        return self.processors[modality]([self.decode(modality, item, view) for item in items])
+
+    def decode(self, modality: str, item: bytes, view: int = 0) -> Any:
+        """One file as the modality's processor takes it.
+
+        Raises:
+            ValueError: it is broken, or has no such view.
+        """
+        decoder, options = self.decoders[modality], self.options.get(modality, {})
+        if not view:
+            return (DECODERS[decoder] if isinstance(decoder, str) else decoder)(item, **options)
+        if decoder not in VIEWS:
+            raise ValueError(f"{modality} has no view {view}, only the item as it is: set views to 1")
+        return VIEWS[decoder](item, view, **options)
 
 
 def raw(part: Part) -> bytes:

@@ -51,7 +51,7 @@ def decode_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Im
     Raises:
         MediaError: unknown format, more than ``max_pixels`` (judged by the header), or damaged.
     """
-    blob = _load(source)
+    blob = load(source)
     try:
         image = Image.open(io.BytesIO(blob), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
@@ -96,7 +96,7 @@ def decode_audio(source: bytes | str | Path, rate: int = SAMPLE_RATE, max_second
     Raises:
         MediaError: unknown format, longer than ``max_seconds``, no sound in it, or damaged.
     """
-    blob = _load(source)
+    blob = load(source)
     container = _container(blob)
     blocks = _av_blocks(blob, container) if container else _soundfile_blocks(blob)
     try:
@@ -108,21 +108,6 @@ def decode_audio(source: bytes | str | Path, rate: int = SAMPLE_RATE, max_second
     if not np.isfinite(sound).all():
         raise MediaError("the sound holds values that are not finite")
     return sound
-
-
-def check_video(source: bytes | str | Path) -> None:
-    """Decode the first frame of a video, of at most ``MAX_PIXELS``; MediaError if there is none."""
-    blob = _load(source)
-    try:
-        with av.open(io.BytesIO(blob), "r", format=_container(blob) or "matroska") as container:
-            video = container.streams.video[0]
-            if video.width * video.height > MAX_PIXELS:
-                raise MediaError(f"the video has {video.width} x {video.height} pixels, the limit is {MAX_PIXELS} in all")
-            next(container.decode(video))
-    except MediaError:
-        raise
-    except Exception as error:
-        raise MediaError(f"not a readable video ({type(error).__name__})") from error
 
 
 Blocks = Iterator[tuple[NDArray[np.float32], int]]  # mono samples and their rate
@@ -206,7 +191,8 @@ CONTAINERS: dict[str, Callable[[bytes], bool]] = {
 }
 
 
-def _load(source: bytes | str | Path) -> bytes:
+def load(source: bytes | str | Path) -> bytes:
+    """The bytes of a file of at most ``MAX_FILE_BYTES``, or MediaError."""
     if isinstance(source, bytes):
         return source
     try:
@@ -217,4 +203,10 @@ def _load(source: bytes | str | Path) -> bytes:
         raise MediaError(f"cannot read the file {str(source)!r}: {error.strerror}") from error
 
 
-DECODERS: dict[str, Callable[[bytes], Any]] = {"image": decode_image, "audio": decode_audio}
+def _decode_video(source: bytes | str | Path, num_frames: int = 8) -> list[Image.Image]:
+    from x2l.data.video import decode_video  # it stands on this file
+
+    return decode_video(source, num_frames)
+
+
+DECODERS: dict[str, Callable[..., Any]] = {"image": decode_image, "audio": decode_audio, "video": _decode_video}

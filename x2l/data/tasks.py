@@ -20,13 +20,14 @@ from x2l.types import Message, Part, Sample, assistant, user
 EXTENSIONS = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     "sound": ("wav", "flac", "opus", "ogg", "mp3", "m4a", "aac"),
-    "video": ("mp4", "mkv", "webm", "avi", "mov"),
+    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "ogv"),
 }
-READS = {"image": ("image",), "speech": ("sound", "video"), "audio": ("sound", "video"), "video": ("video",)}
+READS = {"image": ("image",), "speech": ("sound", "video"), "audio": ("sound", "video"), "video": ("video", "image")}
 
 
 def media_part(record: Record, modality: str) -> Part:
-    """The record's one file that the modality reads; speech and audio also read the sound track of a video."""
+    """The record's one file that the modality reads; speech and audio also read the sound track of a video, and video reads
+    a picture as a video that stands still."""
     for kind in READS[modality]:
         found = [blob for ext, blob in record.media.items() if ext in EXTENSIONS[kind]]
         if len(found) == 1:
@@ -48,10 +49,11 @@ def messages(record: Record, rng: random.Random) -> list[Sample]:
     return [Sample(sample.id, resolved, sample.meta)]
 
 
-def caption(record: Record, rng: random.Random, lang: str = "en", num: int | None = None) -> list[Sample]:
+def caption(record: Record, rng: random.Random, lang: str = "en", num: int | None = None, modality: str = "image") -> list[Sample]:
     """One sample for each caption in ``record.fields[lang]``; all of them share one sampled instruction, as one
-    prefix."""
-    image, question = media_part(record, "image"), rng.choice(instructions("caption", lang))
+    prefix. ``modality: video`` is for captions of videos."""
+    pool = "caption" if modality == "image" else modality
+    image, question = media_part(record, modality), rng.choice(instructions(pool, lang))
     meta = {"task": "caption", "lang": lang}
     captions = _texts(record, lang)
     texts = [tidy(text, lang) for text in (captions if num is None else rng.sample(captions, min(num, len(captions))))]
@@ -88,11 +90,29 @@ def asr(record: Record, rng: random.Random, lang: str | None = None) -> list[Sam
     return [Sample(f"{record.key}/asr", (user(speech, question), assistant(sentence_case(text.strip()))), meta)]
 
 
+def sound(record: Record, rng: random.Random, lang: str = "en") -> list[Sample]:
+    """Audio events: a sound, then an instruction; the answer is the class in ``record.fields[lang]``, as a sentence."""
+    label = record.fields.get(lang)
+    if not isinstance(label, str) or not label.strip():
+        raise DataError(f"{record.key}: no class of sound in {lang!r}, got {label!r}")
+    heard, question = media_part(record, "audio"), rng.choice(instructions("sound", lang))
+    return [Sample(f"{record.key}/sound-{lang}", (user(heard, question), assistant(tidy(label, lang))), {"task": "sound"})]
+
+
+def lips(record: Record, rng: random.Random) -> list[Sample]:
+    """A silent video of a speaker, then an instruction; the answer is ``record.fields["text"]``, in English."""
+    (sample,) = asr(record, rng, "en")
+    question = user(media_part(record, "video"), rng.choice(instructions("lips", "en")))
+    return [Sample(f"{record.key}/lips", (question, sample.messages[-1]), {"task": "lips", "lang": "en"})]
+
+
 TASKS: dict[str, Callable[..., list[Sample]]] = {
     "messages": messages,
     "caption": caption,
     "caption_qa": caption_qa,
     "asr": asr,
+    "sound": sound,
+    "lips": lips,
 }
 
 HAN = re.compile(r"[\u4e00-\u9fff]")

@@ -20,15 +20,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from x2l.data.media import MediaError, check_video, decode_audio, decode_image
+from x2l.data.media import MediaError, decode_audio, decode_image
 from x2l.data.sources import DataError, Issues, Record, Source, read_source
 from x2l.data.tasks import EXTENSIONS, HAN
+from x2l.data.video import check_video
 
 SHARD_BYTES = 256 << 20
 
 
 def check_media(media: dict[str, bytes]) -> dict[str, tuple[float, ...]]:
-    """Decode every image and sound, and a first frame of every video.
+    """Decode every image and sound, and one frame of every video.
 
     Returns:
         By extension: (width, height) of an image in pixels, (seconds,) of a sound.
@@ -177,7 +178,7 @@ def write_shards(records: Iterable[Record], out: Path, name: str, shard_bytes: i
         with tarfile.open(partial, "w") as tar:
             current: Record | None = record
             while current is not None:
-                _add(tar, current)
+                add_member(tar, current)
                 current = next(rest, None) if tar.offset < shard_bytes else None
         os.replace(partial, path)
         paths.append(path)
@@ -186,7 +187,8 @@ def write_shards(records: Iterable[Record], out: Path, name: str, shard_bytes: i
     return paths
 
 
-def _add(tar: tarfile.TarFile, record: Record) -> None:
+def add_member(tar: tarfile.TarFile, record: Record) -> None:
+    """Append the record's files to an open shard."""
     blobs = record.media | {"json": json.dumps(record.fields, ensure_ascii=False).encode()}
     for ext, blob in blobs.items():
         info = tarfile.TarInfo(f"{record.key}.{ext}")

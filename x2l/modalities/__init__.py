@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from x2l.modalities import image, speech
+from x2l.modalities import audio, image, speech, video
+from x2l.modality import Processor
 
 
 class Kind(NamedTuple):
-    """How to build a modality's interface, and which decoder of data/media.py opens its files.
+    """What is a modality's own.
 
     ``interface(encoder_width, llm_width, llm_std, **arguments)`` returns the modules between encoder and LLM.
+    ``decoder`` names what opens its files: a key of `x2l.data.media.DECODERS`, or ``package.module:function`` that takes
+    bytes and the options of the recipe's ``decode``.
+    ``around(encoder, processor)`` fits them to the modality; by default they stay as they are.
     """
 
     interface: Callable[..., list[nn.Module]]
     decoder: str
+    around: Callable[[Any, Processor], tuple[nn.Module, Processor]] = lambda encoder, processor: (encoder, processor)
 
 
 MODALITIES = {
     "image": Kind(image.interface, "image"),
+    "video": Kind(video.interface, "video", video.framewise),
     "speech": Kind(speech.interface, "audio"),
+    "audio": Kind(audio.interface, "audio", audio.as_pictures),
 }
