@@ -1,4 +1,4 @@
-"""Control conditions: the same questions with the image swapped, blanked or taken away.
+"""Control conditions: the same questions with the image, sound or video swapped, blanked or taken away.
 
 A score that does not fall under a control was not earned by looking.
 """
@@ -6,8 +6,10 @@ A score that does not fall under a control was not earned by looking.
 from __future__ import annotations
 
 import io
+import wave
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -64,7 +66,35 @@ def no_image(samples: Sequence[Sample], key: Key, seed: int, modality: str = "im
     return [_swap(sample, modality, []) for sample in samples]
 
 
-CONTROLS: dict[str, Callable[..., list[Sample]]] = {"wrong-image": wrong_image, "blank": blank, "no-image": no_image}
+def wrong_sound(samples: Sequence[Sample], key: Key, seed: int, modality: str = "audio") -> list[Sample]:
+    """Every sample with the sound of another class, classes being told by the first reference.
+
+    Raises:
+        ValueError: one class holds more than half of the samples.
+    """
+    source = derangement([sample.meta["references"][0] for sample in samples], seed)
+    media = [[part for part in sample.media if part.type == modality] for sample in samples]
+    return [_swap(sample, modality, media[source[i]]) for i, sample in enumerate(samples)]
+
+
+def silence(samples: Sequence[Sample], key: Key, seed: int, modality: str = "audio") -> list[Sample]:
+    """Every sound replaced by five seconds of digital silence."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as out:
+        out.setparams((1, 2, 16_000, 0, "NONE", ""))
+        out.writeframes(bytes(2 * 5 * 16_000))
+    nothing = Part(modality, bytes=buffer.getvalue())
+    return [_swap(sample, modality, [nothing for p in sample.media if p.type == modality]) for sample in samples]
+
+
+CONTROLS: dict[str, Callable[..., list[Sample]]] = {
+    "wrong-image": wrong_image,
+    "blank": blank,
+    "no-image": no_image,
+    "wrong-sound": wrong_sound,
+    "silence": silence,
+    "wrong-video": partial(wrong_image, modality="video"),
+}
 
 
 def _swap(sample: Sample, modality: str, new: list[Part]) -> Sample:

@@ -44,18 +44,28 @@ def asr(records: Iterable[Record], instruction: str | None = None, cluster: str 
     return samples
 
 
-def sound(
-    records: Iterable[Record], lang: str = "en", instruction: str = "What do you hear? Answer with one of: {classes}."
-) -> list[Sample]:
-    """Audio events: which of the classes that occur in the set is heard; the choices stand in the question."""
+def sound(records: Iterable[Record], lang: str = "en", instruction: str | None = None) -> list[Sample]:
+    """Audio events: which of the classes that occur in the set is heard; ``{classes}`` in an instruction lists them."""
     records = list(records)
     classes = sorted({record.fields[lang] for record in records})
-    text = instruction.format(classes=", ".join(classes))
+    text = (instruction or instructions("sound", lang)[0]).replace("{classes}", ", ".join(classes))
     return [
         Sample(
             f"{record.key}/sound-{lang}",
             (user(media_part(record, "audio"), text),),
-            {"lang": lang, "references": [record.fields[lang]]},
+            {"lang": lang, "classes": classes, "references": [record.fields[lang]]},
+        )
+        for record in records
+    ]
+
+
+def lips(records: Iterable[Record]) -> list[Sample]:
+    """What a speaker says in a silent video."""
+    return [
+        Sample(
+            f"{record.key}/lips",
+            (user(media_part(record, "video"), instructions("lips", "en")[0]),),
+            {"lang": "en", "references": [record.fields["text"]]},
         )
         for record in records
     ]
@@ -136,7 +146,14 @@ def llava_bench(questions: Iterable[Question], images: Path, translations: Mappi
     return samples
 
 
-QUESTIONS: dict[str, Callable[..., list[Sample]]] = {"caption": caption, "asr": asr, "sound": sound, "pope": pope, "qa": qa}
+QUESTIONS: dict[str, Callable[..., list[Sample]]] = {
+    "caption": caption,
+    "asr": asr,
+    "sound": sound,
+    "lips": lips,
+    "pope": pope,
+    "qa": qa,
+}
 
 
 def draw(samples: list[Sample], num: int, seed: int = 0) -> list[Sample]:

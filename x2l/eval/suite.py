@@ -46,7 +46,10 @@ SCOREBOARD = (
     Entry("asr", "speechocean762 (en)", "speechocean762/test-*.tar", ("speech",), {"cluster": "spk"}, num=300),
     Entry("asr", "AISHELL-1 sample (zh)", "aishell-sample/test-*.tar", ("speech",)),
     Entry("asr", "spoken digits (en)", "fsdd/test-*.tar", ("speech",), decode={"max_new_tokens": 8}),
-    Entry("sound", "ESC-10, fold 5", "esc10/test-*.tar", ("audio",), decode={"max_new_tokens": 16}),
+    Entry("sound", "ESC-10, fold 5", "esc10/test-*.tar", ("audio",),
+          controls=("wrong-sound", "silence"), decode={"max_new_tokens": 16}),
+    Entry("lips", "GRID, speaker 1, without sound", "grid-s1/test-*.tar", ("video",),
+          controls=("wrong-video",), decode={"max_new_tokens": 24}),
     Entry("refusal", "requests to decline"),
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from x2l.eval import bootstrap, metrics, normalize, pope, records, refusal
+from x2l.eval import bootstrap, events, metrics, normalize, pope, records, refusal
 from x2l.eval.bootstrap import Stat
 
 Row = dict[str, Any]
@@ -89,6 +89,13 @@ def _match_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]
     return {"exact match": metrics.accuracy(hypotheses, references), "contains": bootstrap.mean_of(contains)}
 
 
+def _sound_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
+    """Percent right, and percent of answers that name no class, or several."""
+    pairs = list(zip(hypotheses, rows, strict=True))
+    right = [100.0 * (hyp == row["references"][0]) for hyp, row in pairs]
+    return {"accuracy": bootstrap.mean_of(right), "no class": bootstrap.mean_of([100.0 * (not hyp) for hyp, _ in pairs])}
+
+
 def _yes_no_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
     return metrics.yes_no(hypotheses, [row["references"][0] for row in rows])
 
@@ -108,7 +115,8 @@ TASKS: dict[str, Task] = {
     "caption": Task(_caption_text, _caption_stats),
     "asr": Task(_spoken_text, _asr_stats, _asr_details),
     "qa": Task(_short_answer, _match_stats),
-    "sound": Task(_short_answer, _match_stats),
+    "sound": Task(lambda raw, meta: events.read_answer(raw, meta["classes"]), _sound_stats),
+    "lips": Task(_spoken_text, _asr_stats, _asr_details),
     "pope": Task(lambda raw, meta: pope.read_answer(raw), _yes_no_stats),
     "open": Task(lambda raw, meta: raw.strip(), lambda hypotheses, rows: {}),  # scored by a judge, eval/judge.py
     "refusal": Task(lambda raw, meta: refusal.read_answer(raw), _refusal_stats),
