@@ -240,7 +240,7 @@ def _packets(file: Any, stream: Any, listing: Listing, key: int) -> Iterator[tup
         if not packet.size:
             continue
         if number < 0:
-            found = np.flatnonzero(listing.pts == packet.pts) if packet.pts is not None else []
+            found: Any = np.flatnonzero(listing.pts == packet.pts) if packet.pts is not None else []
             if len(found) != 1 or found[0] > start:
                 return
             number = int(found[0])
