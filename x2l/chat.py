@@ -11,7 +11,9 @@ from x2l.assistant import Assistant
 from x2l.data.collate import raw
 from x2l.types import Message, Part, assistant, user
 
-HELP = "/image PATH attaches a photo · /clear forgets the conversation · /help · /exit   (图片：/image 路径)"
+HELP = (
+    "/image PATH attaches a photo, /speech PATH a recording · /clear forgets the conversation · /help · /exit   (图片：/image 路径)"
+)
 
 
 class Chat:
@@ -40,9 +42,12 @@ class Chat:
         self.model.collator.process(modality, [raw(part)])
         self.waiting.append(part)
 
-    def ask(self, question: str) -> str:
-        """Stream the answer to a question about everything said and shown so far; failed turns leave no trace."""
-        turn = user(*self.waiting, question)
+    def ask(self, question: str = "") -> str:
+        """Stream the answer to a question about everything said and shown so far; failed turns leave no trace.
+
+        Without a text, what is attached is the question: a recording of it.
+        """
+        turn = user(*self.waiting, *([question] if question else []))
         pieces = []
         for piece in self.model.stream([*self.messages, turn], **self.decode):
             pieces.append(piece)
@@ -78,8 +83,9 @@ class Chat:
             self.messages, self.waiting = [], []
         elif command.removeprefix("/") in self.model.reads and command.startswith("/"):
             self.attach(command[1:], Path(argument.strip()).expanduser())
-            self.console.print(f"attached {argument.strip()}; ask about it", style="dim", highlight=False)
+            empty = ", or press Enter to have it answered" if command == "/speech" else ""
+            self.console.print(f"attached {argument.strip()}; ask about it{empty}", style="dim", highlight=False)
         elif command.startswith("/"):
             raise ValueError(f"unknown command {command!r}; {HELP}")
-        elif line:
+        elif line or any(part.type == "speech" for part in self.waiting):
             self.ask(line)

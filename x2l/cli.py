@@ -52,16 +52,19 @@ def version(show: Annotated[bool, typer.Option("--version", help="print the vers
 def chat(
     question: Annotated[Optional[str], typer.Argument(help="ask once; leave out to talk")] = None,  # noqa: UP045
     image: Annotated[Optional[list[Path]], typer.Option("--image", "-i", help="a photo; may be repeated")] = None,  # noqa: UP045
+    speech: Annotated[Optional[list[Path]], typer.Option("--speech", "-s", help="a recording; may be repeated")] = None,  # noqa: UP045
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
     temperature: Annotated[float, typer.Option(help="0 = greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus of the sampling")] = 1.0,
 ) -> None:
-    """Talk with a model about pictures.
+    """Talk with a model about pictures, or by speech.
 
     Examples:
 
         x2l chat --image photo.jpg "What is happening here?"
+
+        x2l chat --speech question.wav
 
         x2l chat            (then: /image photo.jpg, and a question)
     """
@@ -75,8 +78,10 @@ def chat(
     )
     for path in image or []:
         session.attach("image", path)
-    if question is not None:
-        session.ask(question)
+    for path in speech or []:
+        session.attach("speech", path)
+    if question is not None or speech:
+        session.ask(question or "")
     else:
         session.loop()
 

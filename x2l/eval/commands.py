@@ -56,6 +56,57 @@ def caption(
 
 
 @app.command()
+def asr(
+    data: Annotated[str, typer.Argument(help="glob of shards or JSONL whose rows hold speech and its text")],
+    model: Annotated[Optional[str], typer.Option("--model", "-m", help="model recipe whose LLM writes down the speech")] = None,  # noqa: UP045
+    cif: Annotated[Optional[Path], typer.Option(help="run folder of stage 1: the CIF-based ASR model")] = None,  # noqa: UP045
+    peer: Annotated[Optional[list[str]], typer.Option(help="moonshine, or whisper=FOLDER (CTranslate2)")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/eval-asr"),
+    limit: Annotated[Optional[int], typer.Option(help="so many clips, drawn by seed")] = None,  # noqa: UP045
+    cluster: Annotated[Optional[str], typer.Option(help="field (spk) whose clips the intervals resample together")] = None,  # noqa: UP045
+    num_beams: Annotated[int, typer.Option(help="of the CIF-based ASR model; 1 = greedy")] = 1,
+    slack: Annotated[int, typer.Option(help="tokens more or fewer than CIF counts that it also tries")] = 0,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Word or character error rates of the LLM, the CIF-based ASR model and other recognisers on the same clips.
+
+    Example:
+
+        x2l eval asr '../shared/data/speechocean762/test-*.tar' --model tiny --peer moonshine --cluster spk
+    """
+    from x2l.data.sources import read_source
+    from x2l.eval import asr as recognisers
+    from x2l.eval import questions
+
+    samples = questions.asr(read_source(data), cluster=cluster)
+    asked = questions.draw(samples, limit or len(samples), seed)
+    systems, notes = recognisers.systems(model, cif, peer or [], asked, {"num_beams": num_beams, "slack": slack})
+    runs = recognisers.run(systems, asked, out, data, seed, batch_size)
+    typer.echo(recognisers.table(runs, "moonshine"))
+    typer.echo("\n".join(notes))
+
+
+@app.command()
+def spoken(
+    data: Annotated[str, typer.Argument(help="glob of shards or JSONL whose rows hold a spoken question and its text")],
+    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/eval-spoken"),
+    batch_size: int = 8,
+) -> None:
+    """Does a spoken question get the answer of the same question typed? By a fixed rule, beside best and chance."""
+    from x2l.assistant import Assistant
+    from x2l.data.sources import read_source
+    from x2l.eval import spoken as questions
+
+    assistant = Assistant.load(model)
+    runs = questions.compare(
+        assistant, read_source(data), out, dataset=data, model_info=assistant.info(), render=assistant.render, batch_size=batch_size
+    )
+    typer.echo(questions.table(runs))
+
+
+@app.command()
 def score(runs: Runs, meteor: bool = False, min_coverage: Coverage = 0.0) -> None:
     """Score stored records again; no model is needed.
 

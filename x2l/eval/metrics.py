@@ -163,6 +163,18 @@ def overlap(train: Iterable[str], test: Sequence[str]) -> float:
 TEST_SETS: dict[str, tuple[int, int | None]] = {"AISHELL-2 test": (5000, 49527), "Flickr8k test": (1000, None)}
 
 
+OVERLAP_FIRST, OVERLAP_LETTERS, OVERLAP_ENOUGH = 32, 4, 0.5
+
+
+def word_overlap(answer: str, reference: str) -> float:
+    """F1 of the sets of long words (four letters and more) among the first 32 words of each; 1 where neither has one."""
+    a, b = (
+        {word for word in re.findall(r"[\w']+", text.lower())[:OVERLAP_FIRST] if len(word) >= OVERLAP_LETTERS}
+        for text in (answer, reference)
+    )
+    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0
+
+
 def check_label(label: str | None, num_samples: int, num_units: int | None = None) -> None:
     """Refuse the name of a published test set for anything that is not the whole of it.
 

@@ -96,6 +96,13 @@ def _sound_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]
     return {"accuracy": bootstrap.mean_of(right), "no class": bootstrap.mean_of([100.0 * (not hyp) for hyp, _ in pairs])}
 
 
+def _spoken_question_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
+    """Percent of answers that agree with the answer to the typed question, and how many of their words they share."""
+    shared = [metrics.word_overlap(hyp or "", row["references"][0]) for hyp, row in zip(hypotheses, rows, strict=True)]
+    agree = [100.0 * (value >= metrics.OVERLAP_ENOUGH) for value in shared]
+    return {"agreement": bootstrap.mean_of(agree), "word overlap": bootstrap.mean_of([100.0 * value for value in shared])}
+
+
 def _yes_no_stats(hypotheses: Hypotheses, rows: Sequence[Row]) -> dict[str, Stat]:
     return metrics.yes_no(hypotheses, [row["references"][0] for row in rows])
 
@@ -118,6 +125,7 @@ TASKS: dict[str, Task] = {
     "sound": Task(lambda raw, meta: events.read_answer(raw, meta["classes"]), _sound_stats),
     "lips": Task(_spoken_text, _asr_stats, _asr_details),
     "pope": Task(lambda raw, meta: pope.read_answer(raw), _yes_no_stats),
+    "spoken": Task(lambda raw, meta: raw.strip(), _spoken_question_stats),
     "open": Task(lambda raw, meta: raw.strip(), lambda hypotheses, rows: {}),  # scored by a judge, eval/judge.py
     "refusal": Task(lambda raw, meta: refusal.read_answer(raw), _refusal_stats),
 }
