@@ -69,6 +69,8 @@ class FrameQFormer(QFormer):
         qformer: arguments of `QFormer`.
     """
 
+    places: nn.Parameter | None
+
     def __init__(self, encoder_width: int, max_frames: int = 0, **qformer: Any) -> None:
         super().__init__(encoder_width, **qformer)
         places = nn.Parameter(torch.zeros(max_frames, self.out_width)) if max_frames else None
