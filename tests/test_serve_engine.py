@@ -1,0 +1,270 @@
+"""The engine against the assistant: whatever is batched, cached or cut in chunks, answers are those of one request alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from x2l.assistant import Assistant
+from x2l.build import build
+from x2l.config import ModelConfig
+from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
+from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.store import EmbeddingStore, Prefix, PrefixStore, _common
+from x2l.serve.text import TextStream
+from x2l.types import Message, Part, assistant, user
+
+RED, BLUE = picture((250, 0, 0)), picture((0, 0, 250))
+
+
+def image(blob: bytes) -> Part:
+    return Part("image", bytes=blob)
+
+
+MIXED: list[list[Message]] = [
+    [user(image(RED), "What?")],
+    [user("Hello, how are you today?")],
+    [user("One ", image(BLUE), " and two ", image(RED), "?")],
+    [user("Hi"), assistant("Hello."), user(image(BLUE), "And this?")],
+    [user(image(RED), "What? And why?")],
+    [user("x" * 200)],
+    [user("你好")],
+    [user(image(BLUE))],
+]
+
+
+@pytest.fixture(scope="module")
+def model(llm_folder: Path) -> Assistant:
+    return Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder))))
+
+
+@pytest.fixture
+def engine(model: Assistant) -> Iterator[Engine]:
+    engine = Engine(model, EngineConfig(prefill_chunk=64))
+    yield engine
+    engine.close()
+
+
+def alone(model: Assistant, messages: list[Message], max_new_tokens: int = 20) -> str:
+    return "".join(model.stream(messages, max_new_tokens))
+
+
+def test_concurrent_mixed_answers_equal_single_ones(model: Assistant, engine: Engine) -> None:
+    lengths = [20, 7, 20, 1, 13, 20, 3, 20]  # rows leave at different times
+    answers = [engine.submit(m, Decode(n)) for m, n in zip(MIXED, lengths, strict=True)]
+    assert ["".join(answer) for answer in answers] == [alone(model, m, n) for m, n in zip(MIXED, lengths, strict=True)]
+    assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
+    assert engine.stats.steps < sum(lengths)  # they were decoded together
+    assert engine.load == (0, 0)
+
+
+def test_turns_reuse_states_and_change_nothing(model: Assistant, engine: Engine) -> None:
+    talk = [user(image(RED), "What is it?")]
+    for question in ("And now?", "Why?"):
+        answer = engine.submit(talk, Decode(12))
+        text = "".join(answer)
+        assert text == alone(model, talk, 12)
+        talk = [*talk, assistant(text), user(question)]
+    again = engine.submit(talk, Decode(5))
+    assert "".join(again) == alone(model, talk, 5)
+    assert again.usage.cached > 40
+    assert again.usage.media == {"image": 4}
+    assert engine.stats.embedding_misses == 1
+    other = engine.submit(talk, Decode(5), owner="somebody else")
+    assert "".join(other) == "".join(engine.submit(talk, Decode(5)))
+    assert other.usage.cached == 0
+
+
+def test_a_changed_picture_shares_nothing_behind_it(model: Assistant, engine: Engine) -> None:
+    first = engine.submit([user("Look: ", image(RED), " what?")], Decode(5))
+    list(first)
+    second = engine.submit([user("Look: ", image(BLUE), " what?")], Decode(5))
+    assert "".join(second) == alone(model, [user("Look: ", image(BLUE), " what?")], 5)
+    assert second.usage.cached == len("<|im_start|>user\nLook: ") - len("<|im_start|>") + 1
+
+
+def test_sampling_depends_on_the_seed_alone(engine: Engine) -> None:
+    decode = Decode(15, temperature=1.0, top_p=0.9, seed=3)
+    quiet = "".join(engine.submit(MIXED[0], decode))
+    crowd = [engine.submit(m, Decode(15, temperature=1.0, seed=i)) for i, m in enumerate(MIXED[1:])]
+    assert "".join(engine.submit(MIXED[0], decode)) == quiet
+    assert "".join(engine.submit(MIXED[0], Decode(15, temperature=1.0, top_p=0.9, seed=4))) != quiet
+    for answer in crowd:
+        list(answer)
+
+
+def test_stop_strings_end_the_answer(model: Assistant, engine: Engine) -> None:
+    whole = alone(model, MIXED[0])
+    stop = whole[3:6]
+    answer = engine.submit(MIXED[0], Decode(20, stop=(stop,)))
+    assert "".join(answer) == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("messages", "decode", "message"),
+    [
+        ([user(Part("video", bytes=b"x"), "?")], Decode(), "this model reads text, image; it cannot read video"),
+        ([user("x" * 1100)], Decode(), r"exceed the context of 1024"),
+        ([user("x")], Decode(max_new_tokens=1020), r"\+ 1020 of answer exceed the context"),
+        ([user(image(b"garbage"), "?")], Decode(), "not a readable image"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(engine: Engine, messages: list[Message], decode: Decode, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.submit(messages, decode)
+    assert engine.load == (0, 0)
+
+
+def test_media_that_exceed_the_context_are_refused_before_the_llm_runs(engine: Engine) -> None:
+    answer = engine.submit([user(*[image(RED)] * 252)], Decode(5))  # 19 tokens of text, 1008 of pictures
+    with pytest.raises(RequestError, match="exceed the context"):
+        list(answer)
+    assert engine.stats.prompt_tokens == 0
+
+
+def test_cancelling_stops_the_computing(engine: Engine) -> None:
+    long = engine.submit([user("Tell me")], Decode(900))
+    for _ in zip(range(3), long, strict=False):
+        pass
+    long.cancel()
+    before = engine.stats.steps
+    list(long)
+    assert long.finish_reason in ("cancelled", "stop")
+    assert engine.stats.steps <= before + 2
+    assert engine.load == (0, 0)
+
+
+def test_a_full_queue_refuses_and_recovers(model: Assistant) -> None:
+    engine = Engine(model, EngineConfig(max_batch=1, max_queue=1))
+    try:
+        held = [engine.submit([user("a")], Decode(50)), engine.submit([user("b")], Decode(50))]
+        with pytest.raises(Busy, match="2 requests"):
+            engine.submit([user("c")])
+        for answer in held:
+            list(answer)
+        assert list(engine.submit([user("c")], Decode(2)))
+    finally:
+        engine.close()
+    with pytest.raises(EngineError, match="stopped"):
+        engine.submit([user("d")])
+
+
+def test_bounded_states_make_rows_wait(model: Assistant) -> None:
+    engine = Engine(model, EngineConfig(kv_bytes=1))  # one row at a time
+    try:
+        answers = [engine.submit(m, Decode(5)) for m in MIXED[:3]]
+        assert ["".join(a) for a in answers] == [alone(model, m, 5) for m in MIXED[:3]]
+        assert engine.stats.steps >= 8
+    finally:
+        engine.close()
+
+
+def test_an_overdue_request_ends_with_an_error(model: Assistant) -> None:
+    engine = Engine(model, EngineConfig(request_seconds=0.0))
+    try:
+        with pytest.raises(Timeout, match="longer than 0 s"):
+            list(engine.submit([user("a")], Decode(50)))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("when", ["prompt", "step"])
+def test_an_exception_costs_its_answers_only(engine: Engine, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    with monkeypatch.context() as patch:
+        place, name = (engine._caches, "load") if when == "prompt" else (engine._lanes, "step")
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("at 0x7f00 in /secret")
+
+        patch.setattr(place, name, broken)
+        with pytest.raises(EngineError, match="the model failed"):
+            list(engine.submit([user("a")], Decode(5)))
+    assert engine.stats.errors == 1
+    assert engine.alive
+    assert list(engine.submit([user("a")], Decode(5)))
+    assert engine.load == (0, 0)
+
+
+def test_a_dead_engine_says_so(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model)
+    monkeypatch.setattr(engine, "_drop", lambda: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(EngineError, match="stopped"):
+        list(engine.submit([user("a")], Decode(5)))
+    assert not engine.alive
+
+
+def test_an_answer_wakes_a_reader_in_another_thread() -> None:
+    answer = Answer()
+    threading.Timer(0.05, lambda: (answer.put("a"), answer.put(None))).start()
+    start = time.monotonic()
+    assert list(answer) == ["a"]
+    assert time.monotonic() - start < 5
+
+
+BYTES = st.lists(st.integers(0, 255), max_size=40)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(text=st.text(max_size=20), stops=st.lists(st.text(min_size=1, max_size=3), max_size=3))
+def test_streamed_text_is_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
+    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stops)
+    pieces = []
+    for byte in text.encode():
+        pieces.append(stream.push(byte))
+        if stream.stopped:
+            break
+    pieces.append(stream.finish())
+    joined = "".join(pieces)
+    if not stream.stopped:
+        assert joined == text
+        assert not any(stop in text for stop in stops)
+    else:
+        ends = [text.index(stop) for stop in stops if stop in text]
+        assert text.startswith(joined)
+        assert len(joined) in ends
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(BYTES)
+def test_any_bytes_come_out_in_the_end(ids: list[int]) -> None:
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    stream = TextStream(decode)
+    joined = "".join([*(stream.push(i) for i in ids), stream.finish()])
+    assert joined.replace("\ufffd", "") == decode(ids).replace("\ufffd", "")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
+def test_common_prefix_equals_the_loop(a: list[int], b: list[int]) -> None:
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert _common(tuple(a), tuple(b)) == expected
+
+
+def test_stores_keep_to_their_bytes() -> None:
+    embeddings = EmbeddingStore(max_bytes=100)
+    for i in range(5):
+        embeddings.put(i, torch.zeros(10))
+        embeddings.get(0)
+    assert embeddings.num_bytes == 80
+    assert embeddings.get(0) is not None
+    assert embeddings.get(1) is None
+    embeddings.put("large", torch.zeros(100))
+    assert embeddings.get("large") is None
+    prefixes = PrefixStore(max_bytes=1000)
+    for i in range(20):
+        states = [(torch.zeros(1, 1, 5, 5), torch.zeros(1, 1, 5, 5))]
+        prefixes.put(("", i, 1, 2, 3), Prefix((0, 1, 1, 2, 1), states))
+    assert prefixes.num_bytes == 1000
+    assert prefixes.find(("", 19, 1, 2, 9))[0] == 4
+    assert prefixes.find(("", 3, 1, 2, 9)) == (0, [])

@@ -1,0 +1,261 @@
+"""The HTTP API: OpenAI's chat completions on an `Engine`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import pydantic_core
+from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from x2l.data.media import MediaError
+from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError
+from x2l.serve.chat import completion, events, pieces, run_or_leave, submit
+from x2l.serve.decoders import DecoderPool
+from x2l.serve.engine import Engine
+from x2l.serve.errors import ApiError, handle
+from x2l.serve.fetch import Fetcher
+from x2l.serve.limits import Gate, Limits
+from x2l.serve.media import MediaReader
+from x2l.serve.metrics import Metrics
+from x2l.serve.schema import ChatRequest, ChatResponse, ErrorOut, ModelList, ModelOut, Transcription
+from x2l.types import Message, Part, user
+
+log = logging.getLogger(__name__)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorOut} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+}
+TRANSCRIBE = "Transcribe the speech."
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the operator decides.
+
+    Attributes:
+        model: the name under which clients ask for the model.
+        api_keys: one of which a request must bear; none lets everybody in.
+        origins: web origins that may read responses (CORS).
+        allow_remote: whether media may be given by http(s) URLs.
+    """
+
+    model: str = "x2l"
+    api_keys: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    allow_remote: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+class StrictRequest(Request):
+    """JSON bodies must be declared as such, and be what RFC 8259 calls JSON."""
+
+    async def json(self) -> Any:
+        """The body; NaN, lone surrogates and endless nesting are refused by the parser."""
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}") from error
+
+
+class StrictRoute(APIRoute):
+    """Gives its endpoint a `StrictRequest`."""
+
+    def get_route_handler(self) -> Any:
+        """The wrapped handler."""
+        handler = super().get_route_handler()
+        wanted = self.body_field and ("multipart/form-data" if self.path.startswith("/v1/audio") else "application/json")
+
+        async def strict(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+            if wanted and kind != wanted:
+                raise ApiError(415, f"Content-Type must be {wanted}")
+            return await handler(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: DecoderPool | None = None) -> Gate:
+    """The ASGI application; its lifespan closes engine and pool.
+
+    ``gate.app`` is the FastAPI application inside, to which a web page can be mounted.
+    """
+    metrics = Metrics(engine, pool)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+        if pool is not None:
+            pool.close()
+
+    app = FastAPI(title="X2L", description="OpenAI-compatible API of an X2L model.", lifespan=lifespan, docs_url=None,
+                  redoc_url=None, responses=ERRORS)  # fmt: skip
+    app.router.route_class = StrictRoute
+    if config.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    for kind in (HTTPException, RequestValidationError, RequestError, MediaError, Busy, EngineError, TimeoutError, Exception):
+        app.add_exception_handler(kind, handle)
+    routes = {"/v1/chat/completions", "/v1/models", "/v1/audio/transcriptions", "/health", "/ready", "/metrics", "/openapi.json"}
+
+    def observe(method: str, path: str, status: int, seconds: float, request_id: str) -> None:
+        route = path if path in routes else "other"
+        metrics.responses.labels(route, str(status or 499)).inc()
+        metrics.seconds.labels(route).observe(seconds)
+        log.info("%s %s %d %.3f s %s", method if method.isalpha() else "?", route, status, seconds, request_id)
+
+    gate = Gate(app, config.limits, config.api_keys, observe)
+    _add_status(app, gate, engine, pool, metrics)
+    _add_models(app, engine, config)
+    _add_chat(app, engine, config, metrics)
+    _hide_422(app)
+    return gate
+
+
+def _add_status(app: FastAPI, gate: Gate, engine: Engine, pool: DecoderPool | None, metrics: Metrics) -> None:
+    def state() -> dict[str, Any]:
+        return {
+            "status": "ok" if engine.alive else "engine stopped",
+            "engine_errors": engine.stats.errors,
+            "decoder_restarts": pool.restarts if pool else 0,
+        }
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the process should go on living."""
+        return JSONResponse(state(), 200 if engine.alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether to send requests here: not while stopping, not when the queue is full."""
+        full = engine.load[1] >= engine.capacity
+        reason = "stopping" if gate.draining else "busy" if full else state()["status"]
+        return JSONResponse({"status": reason}, 200 if reason == "ok" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_models(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
+    model = ModelOut(id=config.model, created=int(time.time()), modalities=["text", *engine.reads])
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """The model that this server holds."""
+        return ModelList(data=[model])
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> ModelOut:
+        """The same by name."""
+        _check_model(name, config)
+        return model
+
+
+def _add_chat(app: FastAPI, engine: Engine, config: ServerConfig, metrics: Metrics) -> None:
+    limits = config.limits
+    fetcher = Fetcher(limits.max_file_bytes, limits.fetch_seconds) if config.allow_remote else None
+    reader = MediaReader(engine.reads, limits.max_media, limits.max_file_bytes, fetcher)
+
+    async def first_text(request: Request, messages: list[Message], decode: Decode) -> tuple[Answer, AsyncIterator[str]]:
+        """The answer once its first piece is there, so that whatever fails before is an HTTP error."""
+        start = time.perf_counter()
+        answer = await submit(engine, messages, decode, request.state.owner)
+        stream = await pieces(answer)
+        metrics.first_token.observe(time.perf_counter() - start)
+        return answer, stream
+
+    async def whole(request: Request, messages: list[Message], decode: Decode) -> tuple[Answer, str]:
+        answer, stream = await first_text(request, messages, decode)
+        try:
+            return answer, "".join([piece async for piece in stream])
+        finally:
+            answer.cancel()
+
+    @app.post("/v1/chat/completions", response_model=ChatResponse)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation; with ``stream`` as server-sent events."""
+        _check_model(body.model, config)
+        if body.limit is not None and body.limit > engine.config.max_new_tokens:
+            raise ApiError(400, f"max_tokens is {body.limit}, the limit is {engine.config.max_new_tokens}", "max_tokens")
+        decode = Decode(body.limit, body.temperature, body.top_p, body.seed, body.stops)
+
+        async def streamed() -> tuple[Answer, AsyncIterator[str]]:
+            return await first_text(request, await reader.messages(body.messages), decode)
+
+        async def at_once() -> tuple[Answer, str]:
+            return await whole(request, await reader.messages(body.messages), decode)
+
+        try:
+            if body.stream:
+                answer, stream = await run_or_leave(request, streamed())
+                include_usage = body.stream_options is not None and body.stream_options.include_usage
+                return StreamingResponse(
+                    events(answer, stream, config.model, include_usage, metrics.disconnects), media_type="text/event-stream"
+                )
+            answer, text = await run_or_leave(request, at_once())
+        except ConnectionError:
+            metrics.disconnects.inc()
+            return Response(status_code=499)
+        return JSONResponse(completion(answer, text, config.model))
+
+    @app.post("/v1/audio/transcriptions", response_model=Transcription)
+    async def transcribe(
+        request: Request,
+        file: Annotated[UploadFile, File()],
+        model: Annotated[str, Form(max_length=256)],
+        language: Annotated[str | None, Form(max_length=8)] = None,
+        response_format: Annotated[str, Form(pattern="^(json|text)$")] = "json",
+        temperature: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.0,
+    ) -> Response:
+        """What is said in a sound file."""
+        _check_model(model, config)
+        if "speech" not in engine.reads:
+            raise ApiError(400, f"this model has no speech interface: it reads {', '.join(['text', *engine.reads])}", "model")
+        blob = await file.read(limits.max_file_bytes + 1)
+        if not 0 < len(blob) <= limits.max_file_bytes:
+            raise ApiError(400, f"the file has {len(blob)} bytes; 1 to {limits.max_file_bytes} are accepted", "file")
+        spoken = [user(Part("speech", bytes=blob), TRANSCRIBE)]
+        try:
+            _, text = await run_or_leave(request, whole(request, spoken, Decode(temperature=temperature)))
+        except ConnectionError:
+            metrics.disconnects.inc()
+            return Response(status_code=499)
+        text = text.strip()
+        return PlainTextResponse(text) if response_format == "text" else JSONResponse({"text": text})
+
+
+def _check_model(name: str, config: ServerConfig) -> None:
+    if name != config.model:
+        shown = json.dumps(name[:80])
+        raise ApiError(404, f"the model {shown} does not exist; this server has {config.model!r}", "model", "model_not_found")
+
+
+def _hide_422(app: FastAPI) -> None:
+    """FastAPI documents its own validation errors; here they are 400 in OpenAI's shape."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = original()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation.get("responses", {}).pop("422", None)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

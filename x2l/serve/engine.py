@@ -1,0 +1,409 @@
+"""The engine: conversations in, streamed answers out, many at a time on one loaded model.
+
+One thread owns the model. Each turn of its loop computes one chunk of one waiting prompt and then one token of every
+answer in progress (continuous batching). HTTP, web page and scripts share one Engine object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from x2l.assistant import Assistant
+from x2l.data.collate import Decoder, raw
+from x2l.model import sample
+from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
+from x2l.serve.job import Item, Job
+from x2l.serve.lanes import Caches, Lanes
+from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
+from x2l.serve.text import TextStream
+from x2l.types import Features, Media, Message
+
+log = logging.getLogger(__name__)
+DecodeMedia = Callable[[Decoder, bytes, Mapping[str, Any]], Any]  # decoder, file, options -> what a processor takes
+STALLED = 120.0  # seconds without a turn of the loop while there is work, after which the engine counts as dead
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds of the engine; bytes are bytes, times seconds."""
+
+    max_batch: int = 8
+    max_queue: int = 64
+    max_new_tokens: int = 1024  # of one answer
+    max_text_chars: int = 1_000_000  # of one conversation, before it is tokenised
+    prefill_chunk: int = 512  # positions of a prompt that are computed between two tokens of the other answers
+    kv_bytes: int = 2 << 30  # states of all answers in progress
+    prefix_bytes: int = 512 << 20
+    embedding_bytes: int = 256 << 20
+    request_seconds: float = 300.0
+
+
+@dataclass
+class Stats:
+    """Counts since the start."""
+
+    requests: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    errors: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    embedding_hits: int = 0
+    embedding_misses: int = 0
+
+
+class Engine:
+    """Answers conversations on one model.
+
+    >>> engine = Engine(Assistant.load("tiny"))
+    >>> answer = engine.submit([user(Part("image", path="photo.jpg"), "What is it?")])
+    >>> for piece in answer:
+    ...     print(piece, end="")
+
+    Args:
+        assistant: the loaded model.
+        config: its bounds.
+        decode_media: opens media files, such as a `DecoderPool`; by default they are trusted and opened in this process.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        config: EngineConfig = EngineConfig(),
+        decode_media: DecodeMedia | None = None,
+    ):
+        self.assistant, self.config, self._decode_media = assistant, config, decode_media
+        self.model, self.stats = assistant.model, Stats()
+        self.embeddings, self.prefixes = EmbeddingStore(config.embedding_bytes), PrefixStore(config.prefix_bytes)
+        self.context: int = getattr(self.model.llm.config, "max_position_embeddings", None) or 1 << 20
+        with torch.inference_mode():
+            self._caches = Caches(self.model.llm)
+        self.stops = set(assistant.eos)  # ids that end an answer
+        self._lanes, self._active = Lanes(self.model.llm), list[Job]()  # rows of _lanes belong to _active, in order
+        self._waiting: deque[Job] = deque()
+        self._filling: Job | None = None
+        self._open = 0  # answers that are not finished, those whose media are still being decoded included
+        self._wake = threading.Condition()
+        self._closed, self._beat = False, time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="x2l-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def reads(self) -> list[str]:
+        """The modalities that the model takes."""
+        return self.assistant.reads
+
+    @property
+    def capacity(self) -> int:
+        """Answers that may be open at a time."""
+        return self.config.max_batch + self.config.max_queue
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine goes on answering."""
+        stalled = self._open > 0 and time.monotonic() - self._beat > STALLED
+        return self._thread.is_alive() and not self._closed and not stalled
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers in progress, and all that are open."""
+        return len(self._active), self._open
+
+    def submit(self, messages: Sequence[Message], decode: Decode = Decode(), owner: str = "") -> Answer:  # noqa: B008
+        """Decode the media, queue the conversation, and return its answer to be read; blocks for the media alone.
+
+        Args:
+            owner: whoever asks; states of a prompt are reused for the same owner only.
+
+        Raises:
+            RequestError: the model does not read a modality, a file is broken, or the text alone exceeds the context.
+            Busy: the queue is full.
+            EngineError: the engine is dead or closed.
+        """
+        with self._wake:
+            if not self.alive:
+                raise EngineError("the engine has stopped")
+            if self._open >= self.capacity:
+                self.stats.refused += 1
+                raise Busy(f"{self._open} requests are in work or waiting, the limit is {self.capacity}")
+            self._open += 1
+        try:
+            job = self._prepare(messages, decode, owner)
+        except BaseException:
+            with self._wake:
+                self._open -= 1
+            raise
+        with self._wake:
+            if self._closed:
+                self._open -= 1
+                raise EngineError("the engine has stopped")
+            self.stats.requests += 1
+            self._waiting.append(job)
+            self._wake.notify()
+        return job.answer
+
+    def close(self) -> None:
+        """Stop the thread; open answers end with an error."""
+        self._closed = True
+        with self._wake:
+            self._wake.notify()
+        self._thread.join(timeout=30)
+
+    # --- in the caller's thread -------------------------------------------------------------------------------------
+
+    def _prepare(self, messages: Sequence[Message], decode: Decode, owner: str) -> Job:
+        parts = [part for message in messages for part in message.content]
+        chars = sum(len(part.text or "") for part in parts)
+        if chars > self.config.max_text_chars:
+            raise RequestError(f"the conversation has {chars} characters, the limit is {self.config.max_text_chars}")
+        for part in parts:
+            if part.type != "text" and part.type not in self.reads:
+                raise RequestError(
+                    f"this model reads text{''.join(f', {name}' for name in self.reads)}; it cannot read {part.type}"
+                )
+        try:
+            row = self.assistant.renderer.prompt(messages)
+        except (ValueError, TemplateError) as error:
+            raise RequestError(f"the model's chat template refuses this conversation: {error}") from error
+        limit = min(decode.max_new_tokens or self.config.max_new_tokens, self.config.max_new_tokens)
+        self._check_context(row.text_length, decode)
+        items = [self._item(part.type, raw(part)) for part in row.media]
+        generator = torch.Generator(device=self.model.device)
+        if decode.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(decode.seed)
+        deadline = time.monotonic() + self.config.request_seconds
+        return Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self.assistant.decode, decode.stop), deadline)
+
+    def _check_context(self, length: int, decode: Decode) -> None:
+        new = decode.max_new_tokens or 1
+        if length + new > self.context:
+            raise RequestError(
+                f"{length} tokens of prompt and media + {new} of answer exceed the context of {self.context}; shorten the "
+                "conversation, use fewer media or a smaller max_tokens"
+            )
+
+    def _item(self, modality: str, blob: bytes) -> Item:
+        key = f"{modality}:{hashlib.sha256(blob).hexdigest()}"
+        if (known := self.embeddings.get(key)) is not None:
+            self.stats.embedding_hits += 1
+            return Item(modality, key, embeds=known)
+        self.stats.embedding_misses += 1
+        collator = self.assistant.collator
+        if self._decode_media is None:
+            decoded = collator.decode(modality, blob)
+        else:
+            decoded = self._decode_media(collator.decoders[modality], blob, collator.options.get(modality, {}))
+        try:
+            return Item(modality, key, collator.processors[modality]([decoded]))
+        except ValueError as error:
+            log.warning("a processor refused a %s: %s", modality, error)
+            raise RequestError(f"this {modality} is of a kind or length that the model cannot read") from error
+
+    # --- in the engine's thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._await_work():
+                    self._turn()
+        except BaseException:
+            log.exception("the engine has died")
+        finally:
+            with self._wake:
+                self._closed = True
+            for job in [*self._active, *self._waiting, *([self._filling] if self._filling else [])]:
+                self._fail(job, EngineError("the engine has stopped"))
+
+    def _await_work(self) -> bool:
+        with self._wake:
+            while not (self._waiting or self._active or self._filling or self._closed):
+                self._beat = time.monotonic()
+                self._wake.wait(timeout=1.0)
+            self._beat = time.monotonic()
+            return not self._closed
+
+    def _turn(self) -> None:
+        self._drop()
+        ready: Job | None = None
+        try:
+            ready = self._fill()
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                self.stats.errors += 1
+                log.exception("a prompt failed")
+                error = EngineError("the model failed on this request")
+            job, self._filling = self._filling, None
+            if job is not None:
+                self._fail(job, error)
+        try:
+            if ready is not None:
+                self._lanes.join(ready.cache, ready.prompt_length)
+                ready.cache = None
+                self._active.append(ready)
+                ready = None
+            if self._active:
+                self._step()
+        except Exception:
+            self.stats.errors += 1
+            lost, self._active, self._lanes = [*self._active, *([ready] if ready else [])], [], Lanes(self.model.llm)
+            log.exception("a decode step failed; %d answers are lost", len(lost))
+            for job in lost:
+                self._fail(job, EngineError("the model failed while answering"))
+
+    def _drop(self) -> None:
+        """Let go of what nobody waits for any more."""
+        now = time.monotonic()
+        gone = {id(job) for job in [*self._active, *self._waiting, *([self._filling] if self._filling else [])] if job.over(now)}
+        if not gone:
+            return
+        with self._wake:
+            dropped = [job for job in self._waiting if id(job) in gone]
+            self._waiting = deque(job for job in self._waiting if id(job) not in gone)
+        if self._filling is not None and id(self._filling) in gone:
+            dropped.append(self._filling)
+            self._filling = None
+        dropped += [job for job in self._active if id(job) in gone]
+        self._retain([job for job in self._active if id(job) not in gone])
+        for job in dropped:
+            if job.answer.cancelled:
+                self.stats.cancelled += 1
+                self._finish(job, "cancelled")
+            else:
+                self._fail(job, Timeout(f"the request took longer than {self.config.request_seconds:g} s"))
+
+    def _fill(self) -> Job | None:
+        """Compute one chunk of one prompt; the job when its prompt is complete and its answer needs more than one token."""
+        if self._filling is None:
+            with self._wake:
+                if not self._waiting or len(self._active) >= self.config.max_batch:
+                    return None
+                self._filling = self._waiting.popleft()
+        job = self._filling
+        if job.embeds is None:
+            self._embed(job)
+        if not self._fits(job):
+            return None
+        if job.cache is None:
+            self._recall(job)
+        assert job.embeds is not None
+        end = min(job.length + self.config.prefill_chunk, job.prompt_length)
+        out = self.model.llm(
+            inputs_embeds=job.embeds[:, job.length : end],
+            past_key_values=job.cache,
+            position_ids=torch.arange(job.length, end, device=self.model.device)[None],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        job.cache, job.length = out.past_key_values, end
+        if end < job.prompt_length:
+            return None
+        self.stats.prompt_tokens += job.prompt_length
+        ended = self._append(job, self._choose(job, out.logits[:, -1]))
+        self._filling = None
+        if not ended:
+            return job
+        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)
+        return None
+
+    def _embed(self, job: Job) -> None:
+        """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings."""
+        for item in job.items:
+            if item.embeds is None:
+                item.embeds = self.embeddings.get(item.key)  # another request may have brought the same file since
+            if item.embeds is None:
+                read: Features = self.model.modalities[item.modality](Media(inputs=item.inputs))
+                item.embeds = read.x[0, : int(read.lengths[0])].clone()
+                self.embeddings.put(item.key, item.embeds)
+        job.lay_out(self.model)
+        self._check_context(job.prompt_length, job.decode)
+
+    def _fits(self, job: Job) -> bool:
+        """Whether the states of one more row, padded as rows are, stay in bounds; a row alone always fits."""
+        room = min(job.limit, self.context - job.prompt_length)
+        longest = max([job.prompt_length + room, *(other.prompt_length + other.limit for other in self._active)])
+        return not self._active or (len(self._active) + 1) * longest * self._caches.bytes_per_position <= self.config.kv_bytes
+
+    def _recall(self, job: Job) -> None:
+        """Start from the states of the longest prefix that was computed before."""
+        known, kv = self.prefixes.find(job.symbols)
+        known = min(known, job.prompt_length - 1)  # one position is computed in any case, for its logits
+        job.cache = self._caches.load([(k[:, :, :known], v[:, :, :known]) for k, v in kv])
+        job.length = job.answer.usage.cached = known
+        self.stats.cached_tokens += known
+
+    def _step(self) -> None:
+        logits = self._lanes.step([job.ids[-1] for job in self._active])
+        self.stats.steps += 1
+        greedy = logits.argmax(-1).tolist()
+        staying = []
+        for i, job in enumerate(self._active):
+            token = greedy[i] if job.decode.temperature == 0 else self._choose(job, logits[i : i + 1])
+            if not self._append(job, token):
+                staying.append(job)
+        self._retain(staying)
+
+    def _choose(self, job: Job, logits: Tensor) -> int:
+        return int(sample(logits, job.decode.temperature, job.decode.top_p, job.generator))
+
+    def _append(self, job: Job, token: int) -> bool:
+        """Take the next token; True when it ends the answer."""
+        if token in self.stops:
+            reason = "stop"
+        else:
+            job.ids.append(token)
+            self.stats.completion_tokens += 1
+            job.answer.usage.completion += 1
+            if piece := job.text.push(token):
+                job.answer.put(piece)
+            full = len(job.ids) >= job.limit or job.prompt_length + len(job.ids) >= self.context
+            reason = "stop" if job.text.stopped else "length" if full else ""
+        if not reason:
+            return False
+        if rest := job.text.finish():
+            job.answer.put(rest)
+        self.stats.completed += 1
+        self._finish(job, reason)
+        return True
+
+    def _retain(self, staying: list[Job]) -> None:
+        """Let the other rows leave; what was computed for them is kept for later turns."""
+        if len(staying) == len(self._active):
+            return
+        stay = {id(job) for job in staying}
+        for i, job in enumerate(self._active):
+            if id(job) not in stay:
+                self._remember(job, self._lanes.states(i), self._lanes.lengths[i] - job.prompt_length)
+        self._lanes.keep([i for i, job in enumerate(self._active) if id(job) in stay])
+        self._active = staying
+
+    def _remember(self, job: Job, kv: KV, fed: int) -> None:
+        """Keep the states of a prompt and the first ``fed`` tokens of its answer."""
+        self.prefixes.put((*job.symbols, *job.ids[:fed]), Prefix((*job.widths, *[1] * fed), kv))
+
+    def _finish(self, job: Job, reason: str) -> None:
+        job.answer.finish_reason = reason
+        self._end(job, None)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._end(job, error)
+
+    def _end(self, job: Job, last: Exception | None) -> None:
+        with self._wake:
+            self._open -= 1
+        job.answer.put(last)

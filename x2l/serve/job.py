@@ -1,0 +1,75 @@
+"""One conversation on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x2l.data.collate import stack
+from x2l.model import XLLM
+from x2l.serve.answer import Answer, Decode
+from x2l.serve.store import Symbols
+from x2l.serve.text import TextStream
+from x2l.splice import splice
+from x2l.template import Row
+
+
+@dataclass
+class Item:
+    """A media item; ``key`` is its modality and content hash, ``inputs`` the encoder's (None when embeddings are known)."""
+
+    modality: str
+    key: str
+    inputs: dict[str, Tensor] | None = None
+    embeds: Tensor | None = None  # (U, D)
+
+
+@dataclass
+class Job:
+    """A request, and how far it is."""
+
+    answer: Answer
+    row: Row
+    items: list[Item]  # in reading order
+    decode: Decode
+    owner: str
+    limit: int  # tokens of the answer
+    generator: torch.Generator
+    text: TextStream
+    deadline: float  # time.monotonic()
+    ids: list[int] = field(default_factory=list)  # the answer
+    symbols: Symbols = ()  # what stands in the prompt, by content; the first one is the owner, of no width
+    widths: tuple[int, ...] = ()  # positions that each symbol takes
+    embeds: Tensor | None = None  # (1, L, D)
+    prompt_length: int = 0
+    cache: Any = None
+    length: int = 0  # positions of the prompt that ``cache`` holds
+
+    def over(self, now: float) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.answer.cancelled or now > self.deadline
+
+    def lay_out(self, model: XLLM) -> None:
+        """Splice the items' embeddings into the prompt's; sets embeds, symbols, widths and the answer's counts."""
+        ids = torch.tensor([self.row.ids], device=model.device)
+        text = model.llm.get_input_embeddings()(ids.clamp_min(0))
+        by_name: dict[str, list[Tensor]] = {}
+        for item in self.items:
+            assert item.embeds is not None
+            by_name.setdefault(item.modality, []).append(item.embeds)
+        media = {model.sentinels[name]: stack(embeds) for name, embeds in by_name.items()}
+        reach = torch.full_like(ids, ids.shape[1])
+        self.embeds = splice(ids, ids, reach, text, media).embeds
+        items = iter(self.items)
+        marks = [(i, 1) if i >= 0 else _mark(next(items)) for i in self.row.ids]
+        self.symbols, self.widths = (self.owner, *(m[0] for m in marks)), (0, *(m[1] for m in marks))
+        self.prompt_length = self.answer.usage.prompt = self.embeds.shape[1]
+        self.answer.usage.media = {name: sum(map(len, embeds)) for name, embeds in by_name.items()}
+
+
+def _mark(item: Item) -> tuple[tuple[str, int], int]:
+    assert item.embeds is not None
+    return (item.key, len(item.embeds)), len(item.embeds)

@@ -1,0 +1,196 @@
+"""The wire form: OpenAI's chat completions. What is not supported is refused, never ignored.
+
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_STOPS, MAX_STOP_CHARS = 4, 256
+
+
+class Closed(BaseModel):
+    """Refuses fields that it does not know, and numbers that are not finite."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(Closed):
+    type: Literal["text"]
+    text: str
+
+
+class Source(Closed):
+    url: Annotated[str, Field(min_length=1, description="a data: URL, or http(s):// where the server allows it")]
+
+
+class ImageSource(Source):
+    detail: Literal["auto", "low", "high"] = "auto"  # accepted: every picture is read in one resolution
+
+
+class ImagePart(Closed):
+    type: Literal["image_url"]
+    image_url: ImageSource
+
+    @property
+    def source(self) -> Source:
+        return self.image_url
+
+
+class AudioURLPart(Closed):
+    type: Literal["audio_url"]
+    audio_url: Source
+
+    @property
+    def source(self) -> Source:
+        return self.audio_url
+
+
+class VideoPart(Closed):
+    type: Literal["video_url"]
+    video_url: Source
+
+    @property
+    def source(self) -> Source:
+        return self.video_url
+
+
+class AudioData(Closed):
+    data: Annotated[str, Field(min_length=1, description="base64")]
+    format: Annotated[str, Field(max_length=16)] = "wav"  # the file itself says what it is
+
+
+class AudioPart(Closed):
+    type: Literal["input_audio"]
+    input_audio: AudioData
+
+
+ContentPart = Annotated[TextPart | ImagePart | AudioPart | AudioURLPart | VideoPart, Field(discriminator="type")]
+
+
+class ChatMessage(Closed):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ContentPart], Field(min_length=1)]
+    name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: None = None  # fields of the client's own message type, as it sends an answer back
+    audio: None = None
+    tool_calls: None = None
+    function_call: None = None
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart | AudioPart | AudioURLPart | VideoPart]:
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class TextFormat(Closed):
+    type: Literal["text"]
+
+
+class StreamOptions(Closed):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Key = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
+ONE_THING = "only the default is supported"
+
+
+class ChatRequest(Closed):
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None  # accepted and not used, like the next three
+    safety_identifier: Annotated[str, Field(max_length=256)] | None = None
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    store: Literal[False] | None = None
+    n: Literal[1] | None = Field(default=None, description=ONE_THING)
+    logprobs: Literal[False] | None = Field(default=None, description=ONE_THING)
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(default=None, description=ONE_THING)
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(default=None, description=ONE_THING)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(default=None, description=ONE_THING)
+    response_format: TextFormat | None = Field(default=None, description=ONE_THING)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def limit(self) -> int | None:
+        """Longest answer asked for, in tokens."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+    audio_tokens: int
+    image_tokens: int
+    video_tokens: int
+
+
+class UsageOut(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class MessageOut(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(BaseModel):
+    index: Literal[0] = 0
+    message: MessageOut
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: UsageOut
+
+
+class ModelOut(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "x2l"
+    modalities: list[str]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelOut]
+
+
+class Transcription(BaseModel):
+    text: str
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorOut(BaseModel):
+    error: ErrorBody

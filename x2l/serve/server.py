@@ -1,0 +1,138 @@
+"""`x2l serve`: the process around the application, from sockets to signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from x2l.assistant import Assistant
+from x2l.serve.app import ServerConfig, create_app
+from x2l.serve.decoders import DecoderPool
+from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.errors import error_body
+from x2l.serve.limits import Gate, Limits
+
+log = logging.getLogger(__name__)
+HEADER_SECONDS = 20.0  # from the connection to the first complete request head
+MAX_HEAD_BYTES = 32 << 10
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that tells clients in JSON what it cannot parse, and does not wait for heads that never end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock of the first request."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEADER_SECONDS, self._close_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP."""
+        content = json.dumps(error_body(400, "this is not a valid HTTP/1.1 request")).encode()
+        length = len(content)
+        head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {length}\r\n\r\n"
+        self.transport.write(head.encode() + content)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Drains on SIGTERM: not ready and refusing at once, gone when the last answer is out or the grace is over."""
+
+    def __init__(self, gate: Gate, host: str, port: int, grace: float):
+        config = uvicorn.Config(
+            gate,
+            host=host,
+            port=port,
+            http=Protocol,
+            ws="none",
+            access_log=False,
+            server_header=False,
+            log_config=None,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        )
+        super().__init__(config)
+        self.gate, self.grace = gate, grace
+        self._until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second signal ends the wait."""
+        self.gate.draining = True
+        if self._until is None:
+            self._until = time.monotonic() + self.grace
+            log.warning("stopping: %d requests in work, at most %g s", self.gate.requests, self.grace)
+        else:
+            self._until = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        """Leave the main loop when everything is answered."""
+        if self._until is not None and (self.gate.requests == 0 or time.monotonic() > self._until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def read_keys(path: Path | None) -> list[str]:
+    """API keys: lines of a file, or X2L_API_KEYS, separated by commas.
+
+    Raises:
+        ValueError: the file is missing, or a key is shorter than 16 characters.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path else os.environ.get("X2L_API_KEYS", "").replace(",", "\n")
+    except OSError as error:
+        raise ValueError(f"cannot read the API keys in {path}: {error.strerror}") from error
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    short = [i for i, key in enumerate(keys, 1) if len(key) < 16]
+    if short or (path and not keys):
+        raise ValueError(f"API keys need 16 characters or more; too short or missing: number {short or 1}")
+    return keys
+
+
+def run(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys_file: Path | None = None,
+    origins: tuple[str, ...] = (),
+    allow_remote: bool = False,
+    max_batch: int = 8,
+    grace: float = 60.0,
+) -> None:
+    """Load a model and serve it until a signal comes.
+
+    Raises:
+        ValueError: a public address without API keys, ``*`` among the origins, or a model that cannot be loaded.
+    """
+    keys = read_keys(keys_file)
+    if not keys and host not in ("127.0.0.1", "::1", "localhost"):
+        raise ValueError(f"--host {host} is open to others: set X2L_API_KEYS or --api-keys FILE, or use --host 127.0.0.1")
+    if "*" in origins:
+        raise ValueError("--origin * would let every web page use this server: name the origins")
+    engine_config = EngineConfig(max_batch=max_batch)
+    limits = Limits(max_requests=max_batch + engine_config.max_queue)
+    bounds = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
+    pool = DecoderPool(seconds=limits.decode_seconds, bounds=bounds)
+    try:
+        engine = Engine(Assistant.load(model), engine_config, pool)
+        name = Path(model).stem if model.endswith((".yaml", ".yml")) else model
+        config = ServerConfig(name, keys, origins, allow_remote, limits)
+        Server(create_app(engine, config, pool), host, port, grace).run()
+    finally:
+        pool.close()
