@@ -133,6 +133,33 @@ def info(
 
 
 @app.command()
+def serve(
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="address to listen at; others than this machine's own need API keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+    api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
+    origin: Annotated[Optional[list[str]], typer.Option(help="web origin that may use the API; may be repeated")] = None,  # noqa: UP045
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="fetch media from public http(s) URLs")] = False,
+    max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
+    grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM")] = 60.0,
+) -> None:
+    """Serve a model over the API of OpenAI's clients (docs/serve.md).
+
+    Examples:
+
+        x2l serve
+
+        X2L_API_KEYS=a-long-random-key x2l serve --host 0.0.0.0 --allow-remote
+    """
+    try:
+        from x2l.serve.server import run
+    except ModuleNotFoundError as error:
+        raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
+
+    run(model, host, port, api_keys, tuple(origin or ()), allow_remote, max_batch, grace)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from x2l.config import RECIPES, shipped
