@@ -145,32 +145,35 @@ def list_frames(file: Any, stream: Any) -> Listing:
     Raises:
         MediaError: no packets, more than ``MAX_PACKETS``, or the file is cut off.
     """
-    pts, starts, seeks, shown = array("q"), array("q"), array("q"), array("q")
-    ends: dict[int, tuple[int, Any]] = {}
-    duration, vp8 = 0, stream.codec_context.name in ("vp8", "libvpx")
+    stamps, starts, seeks, shown = array("q"), array("q"), array("q"), array("q")
+    ends: dict[int, int] = {}  # of every stream, in its time base
+    duration, mine, vp8 = 0, stream.index, stream.codec_context.name in ("vp8", "libvpx")
     stamped = file.format.name != "avi" or not stream.codec_context.has_b_frames  # AVI does not say when they are shown
     for packet in file.demux():
         if not packet.size:
             continue
-        stamp, lasts, index = packet.pts if packet.pts is not None else packet.dts, packet.duration or 0, packet.stream_index
-        if stamp is not None and (index not in ends or stamp + lasts > ends[index][0]):
-            ends[index] = stamp + lasts, packet.time_base
-            duration = lasts if index == stream.index else duration
-        if index != stream.index:
+        pts, dts, lasts, index = packet.pts, packet.dts, packet.duration or 0, packet.stream_index
+        stamp = dts if pts is None else pts
+        if stamp is not None and stamp + lasts > ends.get(index, -(1 << 63)):
+            ends[index] = stamp + lasts
+            duration = lasts if index == mine else duration
+        if index != mine:
             continue
-        if len(pts) == MAX_PACKETS:
+        number = len(stamps)
+        if number == MAX_PACKETS:
             raise MediaError(f"the video has more than {MAX_PACKETS} frames: cut it into shorter ones")
         if packet.is_keyframe:
-            starts.append(len(pts))
-            seeks.append(0 if stamp is None else min(stamp, stamp if packet.dts is None else packet.dts))
+            starts.append(number)
+            seeks.append(0 if stamp is None else stamp if dts is None else min(stamp, dts))
         if not packet.is_discard and not (vp8 and not memoryview(packet)[0] & 0x10):  # VP8's frames for reference alone
-            shown.append(len(pts))
-        stamped &= packet.pts is not None
-        pts.append(packet.pts if packet.pts is not None else len(pts))
+            shown.append(number)
+        stamped = stamped and pts is not None
+        stamps.append(number if pts is None else pts)
     if not shown:
         raise MediaError("the video has no frames")
-    _check_whole(file, [float(end * base) for end, base in ends.values() if base])
-    return _listing(np.array(pts), np.array(starts), np.array(seeks), np.array(shown), stamped, duration)
+    bases = {each.index: each.time_base for each in file.streams}
+    _check_whole(file, [float(end * bases[index]) for index, end in ends.items() if bases.get(index)])
+    return _listing(np.array(stamps), np.array(starts), np.array(seeks), np.array(shown), stamped, duration)
 
 
 def _listing(pts: Any, starts: Any, seeks: Any, shown: Any, stamped: bool, duration: int) -> Listing:
