@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from x2l import __version__
+from x2l.corpora.commands import hear, make
 from x2l.data.commands import app as data_app
+from x2l.data.transforms.commands import app as transform_app
 from x2l.eval.commands import app as eval_app
 from x2l.types import RunError
 
@@ -24,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(eval_app, name="eval")
+data_app.add_typer(transform_app, name="transform")
+data_app.command()(make)
+data_app.command()(hear)
 app.add_typer(data_app, name="data")
 console = Console()
 

@@ -1,0 +1,153 @@
+"""A multimodal instruction set of the paper's four kinds (arXiv 2305.04160, section 3.3 and appendix A.1).
+
+Each sample is one instruction, drawn from a pool of paraphrases, and one answer that people wrote or a stated rule gives:
+
+- image-text: a photo and one of its captions.
+- speech-text: a recording and its transcript.
+- video-text: a video and its description; a talking head says its transcript.
+- image-text-speech: a photo, a question spoken about it, and the answer (``builders/vsdial.py``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from x2l.data.prompts import instructions
+from x2l.data.sources import DataError, Record, Source
+from x2l.data.tasks import EXTENSIONS, sentence_case, tidy
+from x2l.data.tools import write_shards
+from x2l.data.transforms.base import PROVENANCE, rng_of
+
+TALKING = {"en": 'A person faces the camera and says: "{text}."', "zh": "一个人面对镜头，用英语说：“{text}。”"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one kind: ``num`` of a source at most (None: all), as samples in ``lang``."""
+
+    kind: str
+    source: Source
+    lang: str
+    num: int | None = None
+    licence: str = ""
+    talking: bool = False  # video-text: the text is what the person in the video says
+
+
+Sample = tuple[list[dict[str, Any]], str, dict[str, bytes]]  # parts of the question, the answer, media
+
+
+def image_text(record: Record, part: Part, rng: random.Random) -> Sample:
+    ext, blob = _file(record, "image")
+    captions = record.fields.get(part.lang) or []
+    captions = [captions] if isinstance(captions, str) else captions
+    if not captions:
+        raise DataError(f"no caption in {part.lang!r}")
+    return [{"type": "image", "key": ext}, _ask("caption", part, rng)], tidy(rng.choice(captions), part.lang), {ext: blob}
+
+
+def speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
+    ext, blob = _file(record, "sound")
+    return [{"type": "speech", "key": ext}, _ask("asr", part, rng)], sentence_case(_words(record)), {ext: blob}
+
+
+def video_text(record: Record, part: Part, rng: random.Random) -> Sample:
+    ext, blob = _file(record, "video")
+    if part.talking:
+        answer = TALKING[part.lang].format(text=_words(record))
+    else:
+        answer = tidy(rng.choice(record.fields.get(part.lang) or [""]), part.lang)
+    return [{"type": "video", "key": ext}, _ask("video", part, rng)], answer, {ext: blob}
+
+
+def image_text_speech(record: Record, part: Part, rng: random.Random) -> Sample:
+    (image, photo), (sound, speech) = _file(record, "image"), _file(record, "sound")
+    question, reply = record.fields["messages"][:2]
+    if (question["role"], reply["role"]) != ("user", "assistant"):
+        raise DataError("not a row of builders/vsdial.py")
+    parts = [{"type": "image", "key": image}, {"type": "speech", "key": sound}, _ask("spoken_question", part, rng)]
+    return parts, reply["content"], {image: photo, sound: speech}
+
+
+KINDS: dict[str, Callable[[Record, Part, random.Random], Sample]] = {
+    "image-text": image_text,
+    "speech-text": speech_text,
+    "video-text": video_text,
+    "image-text-speech": image_text_speech,
+}
+
+
+def build_instruct(parts: list[Part], out: Path, split: str = "train", seed: int = 0) -> list[Path]:
+    """Write samples of all parts, mixed, as ``<out>/<split>-0000.tar``; shards of an earlier run are replaced.
+
+    Raises:
+        DataError: an unknown kind, or a part without usable rows or with too many bad ones.
+    """
+    for part in parts:
+        if part.kind not in KINDS:
+            raise DataError(f"no kind {part.kind!r}; there are: {', '.join(KINDS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob(f"{split}-[0-9]*.tar"):
+        old.unlink()
+    return write_shards(_samples(parts, seed), out, split)
+
+
+def _samples(parts: list[Part], seed: int) -> Iterator[Record]:
+    plan = [(number, row) for number, part in enumerate(parts) for row in _chosen(part, number, seed)]
+    random.Random(seed).shuffle(plan)
+    for number, row in plan:
+        part = parts[number]
+        key = f"{part.kind}-{part.lang}-{number}-{row:07d}"
+        try:
+            record = part.source[row]
+            content, answer, media = KINDS[part.kind](record, part, rng_of(seed, key))
+            if not answer.strip():
+                raise DataError("an empty answer")
+        except DataError as error:
+            part.source.issues.add(part.source.rows[row].key, error)
+            continue
+        yield Record(key, _fields(key, part, record, content, answer), media)
+
+
+def _fields(key: str, part: Part, record: Record, content: list[dict[str, Any]], answer: str) -> dict[str, Any]:
+    kept = {name: record.fields[name] for name in ("spk", "source", PROVENANCE) if name in record.fields}
+    return {
+        "id": key,
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+        "kind": part.kind,
+        "lang": part.lang,
+        "row": record.key,
+        "licence": part.licence or record.fields.get("licence", "not stated"),
+        **kept,
+    }
+
+
+def _chosen(part: Part, number: int, seed: int) -> list[int]:
+    rows = range(len(part.source))
+    if part.kind == "image-text-speech":  # its rows are in both languages
+        rows_of_lang = [row for row in rows if f"-{part.lang}" in part.source.rows[row].key]
+        return rows_of_lang if part.num is None else rows_of_lang[: part.num]
+    if part.num is None or part.num >= len(rows):
+        return list(rows)
+    return sorted(random.Random(f"{seed}/{number}").sample(rows, part.num))
+
+
+def _ask(pool: str, part: Part, rng: random.Random) -> dict[str, Any]:
+    return {"type": "text", "text": rng.choice(instructions(pool, part.lang))}
+
+
+def _file(record: Record, kind: str) -> tuple[str, bytes]:
+    found = [(ext, blob) for ext, blob in record.media.items() if ext in EXTENSIONS[kind]]
+    if len(found) != 1:
+        raise DataError(f"{len(found)} {kind} files, expected one ({', '.join(record.media) or 'none'})")
+    return found[0]
+
+
+def _words(record: Record) -> str:
+    text = record.fields.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"no transcript in 'text', got {str(text)[:60]!r}")
+    return text.strip()

@@ -1,0 +1,109 @@
+"""Translate captions, transcripts and dialogues."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from x2l.data.sources import Record
+from x2l.data.tools import language
+from x2l.data.transforms.base import Done, Skipped, noted
+
+
+class Translator(Protocol):
+    """Texts of one language to another (translators.py).
+
+    Attributes:
+        name: model and version, for the record.
+    """
+
+    name: str
+
+    def translate(self, texts: list[str], source: str, target: str) -> tuple[list[str], Counter[str]]:
+        """One translation a text; and what was counted (tokens, calls)."""
+
+
+class Translate:
+    """``fields[source]`` (a text or a list) -> ``fields[target]``; dialogues in place, their originals kept.
+
+    A row fails when a translation is empty, is not in the target language, or repeats itself.
+
+    Args:
+        translator: what translates.
+        source, target: languages ("en", "zh"), at the same time the fields that captions stand in.
+        texts: other fields to translate ("text", "caption"); the result is in ``<field>_<target>``.
+        batch: rows a call.
+    """
+
+    name, version = "translate", "1"
+
+    def __init__(self, translator: Translator, source: str, target: str, texts: Sequence[str] = (), batch: int = 8) -> None:
+        self.translator, self.source, self.target, self.texts, self.batch = translator, source, target, tuple(texts), batch
+
+    def settings(self) -> dict[str, Any]:
+        return {"model": self.translator.name, "from": self.source, "to": self.target}
+
+    def __call__(self, rows: Sequence[Record]) -> Done:
+        texts = list(dict.fromkeys(text for row in rows for text in self._texts(row)))
+        results, counts = self.translator.translate(texts, self.source, self.target) if texts else ([], Counter[str]())
+        translated = dict(zip(texts, results, strict=True))
+        return Done([self._row(row, translated) for row in rows], counts + Counter(texts=len(texts)))
+
+    def _texts(self, row: Record) -> list[str]:
+        dialogue = [slot["text"] for slot in _slots(_in_parts(row.fields.get("messages", [])))]
+        return [text for _, value in self._fields(row) for text in _listed(value)] + dialogue
+
+    def _fields(self, row: Record) -> list[tuple[str, Any]]:
+        """(field of the result, what it is made from)."""
+        named = [(self.target, self.source)] + [(f"{field}_{self.target}", field) for field in self.texts]
+        return [(result, row.fields[field]) for result, field in named if row.fields.get(field)]
+
+    def _row(self, row: Record, translated: dict[str, str]) -> Record | Skipped:
+        texts = self._texts(row)
+        if not texts:
+            return Skipped(row.key, f"nothing to translate: no {self.source!r} and no messages among {', '.join(row.fields)}")
+        for text in texts:
+            if problem := fault(text, translated[text], self.target):
+                return Skipped(row.key, f"{problem}: {text[:60]!r} -> {translated[text][:60]!r}")
+        fields: dict[str, Any] = {
+            name: translated[value] if isinstance(value, str) else [translated[text] for text in value]
+            for name, value in self._fields(row)
+        }
+        if "messages" in row.fields:
+            messages = _in_parts(row.fields["messages"])
+            for slot in _slots(messages):
+                slot["text"] = translated[slot["text"]]
+            fields |= {f"messages_{self.source}": row.fields["messages"], "messages": messages}
+        return noted(row, self, fields)
+
+
+def fault(text: str, translation: str, target: str) -> str | None:
+    """What is wrong with a translation, or None."""
+    if not translation.strip():
+        return "an empty translation"
+    if language(text) != "-" and language(translation) != target:
+        return f"not a translation into {target!r}"
+    words = list(translation) if target == "zh" else translation.split()
+    if len(words) > 12 and len({*zip(words, words[1:], words[2:], strict=False)}) < 0.4 * (len(words) - 2):
+        return "a translation that repeats itself"
+    return None
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy in which every content is a list of parts."""
+    copied = copy.deepcopy(messages)
+    for message in copied:
+        if isinstance(message["content"], str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    return copied
+
+
+def _slots(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The text parts of messages whose contents are lists."""
+    return [part for message in messages for part in message["content"] if part["type"] == "text"]
