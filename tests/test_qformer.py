@@ -188,3 +188,22 @@ def test_errors_name_the_remedy() -> None:
         QFormer(E, width=30, heads=4)
     with pytest.raises(ValueError, match="vocab_size"):
         QFormer(E, **SMALL).encode(features(), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_dropped_features_are_not_read_in_training_and_all_are_afterwards() -> None:
+    torch.manual_seed(0)
+    former = QFormer(8, width=16, depth=2, heads=2, num_queries=3, cross_every=1, dropout=0.0, drop_features=0.5)
+    x = torch.randn(1, 10, 8, requires_grad=True)
+    former(Features(x, torch.tensor([10]))).x.square().sum().backward()
+    assert x.grad is not None
+    unread = (x.grad[0].abs().sum(-1) == 0).sum()
+    assert 0 < unread < 10
+    whole = former.eval()(Features(x, torch.tensor([10]))).x
+    torch.testing.assert_close(whole, former(Features(x, torch.tensor([10]))).x)
+    single = former.train()(Features(torch.randn(64, 1, 8), torch.ones(64, dtype=torch.long))).x
+    assert single.isfinite().all()
+
+
+def test_a_share_of_dropped_features_has_bounds() -> None:
+    with pytest.raises(ValueError, match=r"drop_features=1\.0"):
+        QFormer(8, width=16, depth=1, heads=2, drop_features=1.0)

@@ -109,7 +109,7 @@ class TrainConfig(Strict):
     clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
-    views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = also mirrored, or other speeds and noise
+    views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored and cropped, or other speeds and noise
     save_every: int = 200
     val_every: int = 200
     val_batches: int = 8

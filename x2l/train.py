@@ -7,6 +7,7 @@ repeats what an uninterrupted one does, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -121,6 +122,7 @@ def train(cfg: TrainConfig) -> Path:
                     log.error("%s", error)
                     if save_failures >= MAX_FAILURES or stop.asked:
                         raise
+                give_back_memory()
             if stop.asked:
                 log.warning("stopped by SIGTERM after step %d; run the same command to go on", done)
                 sys.exit(143)
@@ -128,6 +130,12 @@ def train(cfg: TrainConfig) -> Path:
         if checkpoint.frozen_digest(model) != frozen:
             raise TrainError("a frozen parameter or buffer changed during training; nothing is exported")
         return export(run, stage, cfg, total, frozen)
+
+
+def give_back_memory() -> None:
+    """Return freed pages to the system: batches of ever new sizes fragment glibc's heap, by 10 MB a step in tiny/stage2_image."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def forward(cfg: TrainConfig, model: nn.Module, batch: Any) -> Output:

@@ -102,6 +102,8 @@ class QFormer(nn.Module):
         vocab_size: a text vocabulary for stage-1 pretraining (blip2.py); 0 = queries alone.
         max_text: longest text, in tokens.
         dropout: in attention, residuals and on the queries.
+        drop_features: share of the encoder's features that an item loses at random in each training step (PatchDropout,
+            arXiv 2208.07220); on a few thousand pictures the Q-Former learns them by heart without it (dev/LOG.md).
         pre_norm: norm before each sublayer, and Xavier weights. From scratch on little data this learns where the
             published post-norm makes all queries alike (dev/LOG.md); BLIP-2's weights are post-norm.
     """
@@ -117,14 +119,17 @@ class QFormer(nn.Module):
         vocab_size: int = 0,
         max_text: int = 512,
         dropout: float = 0.1,
+        drop_features: float = 0.0,
         pre_norm: bool = False,
     ):
         super().__init__()
+        if not 0 <= drop_features < 1:
+            raise ValueError(f"drop_features={drop_features}: a share in [0, 1)")
         self.out_width, self.num_queries = width, num_queries
         self.ln_vision = nn.LayerNorm(encoder_width)
         self.queries = nn.Parameter(torch.randn(num_queries, width) * 0.02)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
-        self.dropout = dropout
+        self.dropout, self.drop_features = dropout, drop_features
         self.words = nn.Embedding(vocab_size, width) if vocab_size else None
         self.positions = nn.Embedding(max_text, width) if vocab_size else None
         self.blocks = nn.ModuleList(
@@ -160,7 +165,12 @@ class QFormer(nn.Module):
             parts.append(self.queries.expand(len(features.x), -1, -1))
             feats = self.ln_vision(features.x)
             frames = torch.arange(feats.shape[1], device=feats.device)
-            cross_mask = (frames < features.lengths[:, None].to(feats.device))[:, None, None]
+            seen = frames < features.lengths[:, None].to(feats.device)
+            if self.training and self.drop_features:
+                kept = torch.rand(seen.shape, device=seen.device) >= self.drop_features
+                kept[:, 0] = True  # attention needs something to attend to
+                seen = seen & kept
+            cross_mask = seen[:, None, None]
         if text_NT is not None:
             if self.words is None or self.positions is None:
                 raise ValueError("a text for a Q-Former built without one: give it a vocab_size")
