@@ -30,6 +30,7 @@ from x2l.interfaces.cformer import CFormer
 from x2l.interfaces.qformer import QFormer
 from x2l.llm import sketch_llm
 from x2l.modalities.speech import FrozenListener
+from x2l.modalities.video import FrameQFormer, Frames
 from x2l.types import Features
 
 
@@ -87,10 +88,10 @@ def test_the_paper_has_seven_point_six_billion_parameters() -> None:
     """Appendix A.3: 7.6 billion with all encoders; image and video share ViT-g, each has its Q-Former and adapter."""
     told = info("models/paper.yaml", ["llm.spec=hf:zai-org/chatglm-6b"])
     assert told.parts[0].parameters == 6_173_286_400
-    video = 0 if "video" in {cost.modality for cost in told.costs} else 105_165_056 + 768 * 4096 + 4096
-    assert told.parameters + video == 7_580_734_721
-    trained = dict(told.trained)
-    assert trained["paper/stage2_image"] == 105_165_056 + 768 * 4096 + 4096
+    assert told.parameters == 7_580_734_721
+    trained, adapter = dict(told.trained), 768 * 4096 + 4096
+    assert trained["paper/stage2_image"] == trained["paper/stage2_video"] == 105_165_056 + adapter
+    assert trained["paper/stage3"] == 3 * adapter
     assert trained["paper/stage1_asr"]
 
 
@@ -183,7 +184,7 @@ SMALL = {
 def test_vision_operations(kind: str) -> None:
     encoder = sketch_vision({"model_type": kind, **SMALL})
     pixels = torch.zeros(1, 3, 32, 32, device="meta")
-    told = flops.vision(encoder, 0.0)
+    told = flops.vision(encoder, flops.Item(0.0))
     assert told.length == encoder(pixels).x.shape[1]
     pooling = 0.15 if kind == "siglip_vision_model" else 0.01  # its pooling head reads all patches once more
     assert told.flops == pytest.approx(counted(lambda: encoder(pixels)), rel=pooling)
@@ -195,7 +196,7 @@ def test_whisper_operations() -> None:
          "decoder_layers": 1, "decoder_attention_heads": 4, "num_mel_bins": 16, "max_source_positions": 50}
     )  # fmt: skip
     mels = torch.zeros(1, 16, 100, device="meta")
-    one, two = flops.whisper(encoder, 1.0), flops.whisper(encoder, 1.5)
+    one, two = flops.whisper(encoder, flops.Item(1.0)), flops.whisper(encoder, flops.Item(1.5))
     assert one.flops == pytest.approx(counted(lambda: encoder.encoder(mels)), rel=0.01)
     assert (one.length, two.length) == (50, 75)
     assert two.flops == 2 * one.flops
@@ -206,7 +207,7 @@ def test_conformer_operations() -> None:
         16, channels=4, width=32, ffn_width=64, num_heads=4, kernel=7, num_blocks=4, pool_after=(1, 3)
     ).eval()
     frames = 98  # one second of sound
-    told = flops.conformer(encoder, 1.0)
+    told = flops.conformer(encoder, flops.Item(1.0))
     features = encoder(torch.zeros(1, frames, 16), torch.tensor([frames]))
     assert told.length == int(features.lengths)
     assert told.flops == pytest.approx(counted(lambda: encoder(torch.zeros(1, frames, 16), torch.tensor([frames]))), rel=0.01)
@@ -225,24 +226,39 @@ def test_conformer_operations() -> None:
 def test_interface_operations(layer: nn.Module) -> None:
     layer.eval()
     item = Features(torch.randn(1, 13, 24), torch.tensor([13]))
-    told = flops.interface([layer], 13, 1.0)
+    told = flops.interface([layer], 13, flops.Item(1.0))
     assert told is not None
     assert told.length == layer(item).x.shape[1]
     assert told.flops == pytest.approx(counted(lambda: layer(item)), rel=0.01)
+
+
+def test_video_operations() -> None:
+    """Frames are pictures: the encoder and the Q-Former run once for each."""
+    encoder = Frames(sketch_vision({"model_type": "clip_vision_model", **SMALL}))
+    former = FrameQFormer(32, width=32, depth=2, heads=4, num_queries=6).eval()
+    told = flops.encoder(encoder, flops.Item(0.0, 5), dict)
+    assert told is not None
+    pixels = torch.zeros(5, 3, 32, 32, device="meta")
+    assert told.flops == pytest.approx(counted(lambda: encoder(torch.tensor([5]), pixel_values=pixels)), rel=0.01)
+    item = Features(torch.randn(1, 5, 17, 32), torch.tensor([5]))
+    heard = flops.interface([former], told.length, flops.Item(0.0, 5))
+    assert heard is not None
+    assert heard.length == former(item).x.shape[1]
+    assert heard.flops == pytest.approx(counted(lambda: former(item)), rel=0.01)
 
 
 @pytest.mark.parametrize(("stride", "blocks", "parts"), [(1, 0, 1), (2, 2, 1), (2, 1, 3)])
 def test_listener_operations(stride: int, blocks: int, parts: int) -> None:
     listener = FrozenListener(24, width=32, stride=stride, num_blocks=blocks, ffn_width=64, num_heads=4, parts=parts)
     item = Features(torch.randn(1, 40, 24), torch.tensor([40]))
-    told = flops.interface([listener], 40, 2.0)
+    told = flops.interface([listener], 40, flops.Item(2.0))
     assert told is not None
     assert told.flops == pytest.approx(counted(lambda: listener(item)), rel=0.02)  # what fires costs more or less
 
 
 def test_what_has_no_formula_is_not_counted() -> None:
-    assert flops.interface([Adapter(8, 8), nn.Linear(8, 8)], 3, 1.0) is None
-    assert flops.encoder(nn.Linear(8, 8), 1.0) is None
+    assert flops.interface([Adapter(8, 8), nn.Linear(8, 8)], 3, flops.Item(1.0)) is None
+    assert flops.encoder(nn.Linear(8, 8, device="meta"), flops.Item(1.0), dict) is None
 
 
 def test_a_convolutional_encoder_is_counted_by_running_it() -> None:
@@ -257,5 +273,5 @@ def test_a_convolutional_encoder_is_counted_by_running_it() -> None:
             x = self.conv(pixels).flatten(2).transpose(1, 2)
             return Features(x, torch.tensor([x.shape[1]]))
 
-    told = flops.encoder(Grid(), 0.0, lambda: {"pixels": torch.zeros(1, 3, 16, 16)})
+    told = flops.encoder(Grid(), flops.Item(0.0), lambda: {"pixels": torch.zeros(1, 3, 16, 16)})
     assert told == (2 * 16 * 5 * 3 * 16, 16)

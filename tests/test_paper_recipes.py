@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
-from x2l.config import load_train_config, shipped
+from x2l.build import sketch
+from x2l.config import load_train_config
+from x2l.data.tasks import TASKS
+from x2l.info import trained_parameters
 from x2l.optim import schedule
 
 # peak, lowest and first learning rate, warm-up steps, epochs, batch, accumulation, weight decay
@@ -16,7 +21,7 @@ TABLE_7 = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if name in TABLE_7])
+@pytest.mark.parametrize("name", TABLE_7)
 def test_table_7(name: str) -> None:
     cfg = load_train_config(name)
     peak, low, first, warmup, epochs, batch, accumulate, decay = TABLE_7[name]
@@ -38,6 +43,19 @@ def test_table_7(name: str) -> None:
         assert rate(0) == pytest.approx(first)
     assert (cfg.epochs, cfg.batch_size, cfg.accumulate, cfg.weight_decay) == (epochs, batch, accumulate, decay)
     assert cfg.betas == (0.9, 0.98)
+
+
+@pytest.mark.parametrize("name", TABLE_7)
+def test_parts_and_tasks_exist(name: str) -> None:
+    """What a recipe starts, trains and reads is there, by name; shapes are those of the true size."""
+    cfg = load_train_config(name)
+    model, _ = sketch(cfg.model)
+    for prefix in cfg.init:
+        model.get_submodule(prefix)
+    assert trained_parameters(cfg, model)
+    for source in cfg.data:
+        for task, options in source.tasks.items():
+            assert set(options) <= set(inspect.signature(TASKS[task]).parameters) - {"record", "rng"}
 
 
 def test_stage_1_of_speech() -> None:

@@ -15,7 +15,7 @@ from x2l.build import build
 from x2l.config import RECIPES, ModelConfig, load_model_config, load_train_config, shipped
 
 STAGES = [name for name in shipped() if not name.startswith("models/")]
-ELSEWHERE = ("speech", "asr", "match", "video", "audio")  # test_speech_stages.py, test_video.py, test_audio_events.py
+ELSEWHERE = ("speech", "asr", "match", "video", "audio", "paper/stage3")  # test_{speech_stages,video,audio_events,paper_recipes}.py
 
 
 @pytest.mark.parametrize("name", shipped("models"))

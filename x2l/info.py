@@ -1,6 +1,6 @@
 """What a recipe costs, told without its weights: parameters, memory and operations, on the meta device.
 
-The paper states 7.6 billion parameters (arXiv 2305.04160, appendix A.3); with ChatGLM-6B and a video interface it is 7.58.
+The paper states 7.6 billion parameters (arXiv 2305.04160, appendix A.3); with ChatGLM-6B the recipe `paper` has 7.58.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from x2l import flops
 from x2l.asr import Decoder
 from x2l.blip2 import NUM_SPECIAL, Blip2
 from x2l.build import sketch
-from x2l.config import ModelConfig, TrainConfig, digest, load_model_config, load_train_config, shipped
+from x2l.config import ModalityConfig, ModelConfig, TrainConfig, digest, load_model_config, load_train_config, shipped
+from x2l.data.video import NUM_FRAMES
 from x2l.encoders.fbank import RATE
 from x2l.interfaces.qformer import QFormer
+from x2l.modalities import audio
 from x2l.modalities.speech import Listener
+from x2l.modalities.video import Frames
 from x2l.modality import Modality
 from x2l.model import XLLM
 from x2l.optim import select
@@ -92,7 +95,7 @@ def info(recipe: str, overrides: Sequence[str] = (), text: int = 64, seconds: fl
     """
     config, stages = _read(recipe, overrides)
     model, processors = sketch(config)
-    costs = [_cost(name, model, processors[name], text, seconds) for name in model.modalities]
+    costs = [_cost(name, part, model, processors[name], text, seconds) for name, part in config.modalities.items()]
     sketches = {digest(config): model}
     trained = []
     for name, stage in stages.items():
@@ -197,20 +200,25 @@ STAGES: dict[str, Callable[[TrainConfig, XLLM], nn.Module]] = {
 # ---------------------------------------------------------------- operations
 
 
-def _cost(name: str, model: XLLM, processor: Any, text: int, seconds: float) -> Cost:
+def _cost(name: str, part: ModalityConfig, model: XLLM, processor: Any, text: int, seconds: float) -> Cost:
     """One item and ``text`` tokens. Gradients pass the frozen LLM once (2 x forward) and the interface twice (3 x)."""
     modality = model.modalities[name]
+    frozen, layers = modality.get_submodule("encoder"), list(modality.get_submodule("interface").children())
+    windows = (
+        max(1, round(seconds / audio.WINDOW)) if isinstance(frozen, audio.Spectra) else part.decode.get("num_frames", NUM_FRAMES)
+    )
+    item = flops.Item(seconds, windows if isinstance(frozen, Frames) else 1)
 
     def example() -> dict[str, Tensor]:
-        item = Image.new("RGB", (224, 224)) if name == "image" else np.zeros(int(seconds * RATE), np.float32)
-        inputs: dict[str, Tensor] = processor([item])
+        picture, wave = Image.new("RGB", (224, 224)), np.zeros(int(seconds * RATE), np.float32)
+        shown: Any = {"image": picture, "video": [picture] * item.pictures}.get(part.type or name, wave)
+        inputs: dict[str, Tensor] = processor([shown])
         return inputs
 
-    encoder = flops.encoder(modality.get_submodule("encoder"), seconds, example if processor else None)
+    encoder = flops.encoder(frozen, item, example)
     if encoder is None:
         return Cost(name, *[None] * 6)
-    layers: Any = modality.get_submodule("interface")
-    interface = flops.interface(layers, encoder.length, seconds)
+    interface = flops.interface(layers, encoder.length, item)
     if interface is None:
         return Cost(name, encoder.length, None, encoder.flops, *[None] * 3)
     llm = flops.llm(model.llm, text + interface.length, text // 2)
