@@ -19,12 +19,13 @@ def make(
     workers: Annotated[int, typer.Option(help="utterances spoken at a time")] = 2,
 ) -> None:
     """Build a data set that X2L defines, with its card. Run again after a kill, and it goes on where it was."""
+    from x2l.corpora.hear import Heard
     from x2l.corpora.hear import hear as listen
     from x2l.corpora.make import make_instruct, make_vsdial, write_card
     from x2l.corpora.recipe import VSDialRecipe, load
     from x2l.data.sources import read_source
 
-    recipe, heard = load(name), []
+    recipe, heard = load(name), list[Heard]()
     if isinstance(recipe, VSDialRecipe):
         lines = make_vsdial(recipe, data_root, out, photos, workers, max_samples)
         heard = listen(read_source(str(out / "work" / "spoken-*.tar")), per_voice) if per_voice else []

@@ -6,7 +6,7 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jiwer
 import numpy as np
@@ -64,7 +64,7 @@ def whisper() -> Transcribe:
         link.symlink_to(path)
         link.replace(folder / name)
     model = WhisperModel(str(folder), device="cpu", compute_type="float32", cpu_threads=1, local_files_only=True)
-    options = {"language": "zh", "beam_size": 1, "initial_prompt": "以下是普通话的句子。"}
+    options: dict[str, Any] = {"language": "zh", "beam_size": 1, "initial_prompt": "以下是普通话的句子。"}
 
     def transcribe(wave: np.ndarray) -> str:
         return "".join(segment.text for segment in model.transcribe(wave, **options)[0])
@@ -92,7 +92,7 @@ def hear(source: Source, per_voice: int = 20, progress: bool = True) -> list[Hea
         try:
             sound = decode_audio(next(blob for ext, blob in record.media.items() if ext in EXTENSIONS["sound"]))
         except (MediaError, StopIteration) as error:
-            source.issues.add(record.key, error or "no sound")
+            source.issues.add(record.key, str(error) or "no sound")
             continue
         normal = preset(NORMALIZERS[lang])
         pairs[voice, lang].append((normal(record.fields["text"]), normal(RECOGNISERS[lang][1]()(sound))))

@@ -11,6 +11,7 @@ Each sample is one instruction, drawn from a pool of paraphrases, and one answer
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def _fields(key: str, part: Part, record: Record, content: list[dict[str, Any]],
 def _chosen(part: Part, number: int, seed: int) -> list[int]:
     rows = range(len(part.source))
     if part.kind == "image-text-speech":  # its rows are in both languages
-        rows_of_lang = [row for row in rows if f"-{part.lang}" in part.source.rows[row].key]
+        rows_of_lang = [row for row in rows if re.search(rf"-{part.lang}\d+$", part.source.rows[row].key)]
         return rows_of_lang if part.num is None else rows_of_lang[: part.num]
     if part.num is None or part.num >= len(rows):
         return list(rows)

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import imagehash
 from datasketch import MinHash, MinHashLSH
@@ -61,7 +61,8 @@ def find_duplicates(
         raise DataError(f"duplicates are found by {', '.join(WAYS)}, not {by!r}")
     if not 0 <= distance < BANDS:
         raise DataError(f"perceptual hashes are compared up to a distance of {BANDS - 1} bits, not {distance}")
-    index = {"image": _Pictures(distance), "near-text": _Texts(threshold)}.get(by) or _Equal()
+    indices: dict[str, _Index] = {"image": _Pictures(distance), "near-text": _Texts(threshold)}
+    index = indices.get(by, _Equal())
     earlier: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
         signatures = pool.map(lambda i: _signature(source, i, by), range(len(source)))
@@ -92,6 +93,11 @@ def _minhash(text: str) -> MinHash:
     signature = MinHash(PERMUTATIONS, seed=1)
     signature.update_batch([text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))])
     return signature
+
+
+class _Index(Protocol):
+    def first(self, key: str, signature: Any) -> str:
+        """The earliest row that this one repeats, or the row itself."""
 
 
 class _Equal:

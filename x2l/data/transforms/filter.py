@@ -47,8 +47,8 @@ class Filter:
     def _row(self, row: Record) -> Record | Skipped:
         value = row.fields.get(self.field)
         texts = [value] if isinstance(value, str) else value
-        if not texts:
-            return Skipped(row.key, f"no text in {self.field!r}")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            return Skipped(row.key, f"expected texts in {self.field!r}, got {str(value)[:60]!r}")
         try:
             blob = media_part(row, "image").bytes
             assert blob is not None

@@ -53,15 +53,22 @@ def local(work: Work, todo: list[int], workers: int) -> Iterator[Finished]:
     """Threads of this process: what transforms wait for (onnxruntime, CTranslate2, torch, other programs, endpoints)
     runs outside Python's lock."""
     rest = iter(todo)
+    errors: list[BaseException] = []
     with ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(work, number) for number in itertools.islice(rest, 2 * workers)}
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-                running |= {pool.submit(work, number) for number in itertools.islice(rest, len(finished))}
+                yield from (future.result() for future in finished if future.exception() is None)
+                errors += [error for future in finished if (error := future.exception()) is not None]
+                if errors:  # what is in work may be paid for: it is kept before the run stops
+                    running = {future for future in running if not future.cancel()}
+                else:
+                    running |= {pool.submit(work, number) for number in itertools.islice(rest, len(finished))}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if errors:
+        raise errors[0]
 
 
 def run(

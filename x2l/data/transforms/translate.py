@@ -46,22 +46,30 @@ class Translate:
         return {"model": self.translator.name, "from": self.source, "to": self.target}
 
     def __call__(self, rows: Sequence[Record]) -> Done:
-        texts = list(dict.fromkeys(text for row in rows for text in self._texts(row)))
+        by_row = [self._texts(row) for row in rows]
+        texts = list(dict.fromkeys(text for found in by_row for text in found or []))
         results, counts = self.translator.translate(texts, self.source, self.target) if texts else ([], Counter[str]())
         translated = dict(zip(texts, results, strict=True))
-        return Done([self._row(row, translated) for row in rows], counts + Counter(texts=len(texts)))
+        counts.update(texts=len(texts))
+        return Done([self._row(row, found, translated) for row, found in zip(rows, by_row, strict=True)], counts)
 
-    def _texts(self, row: Record) -> list[str]:
-        dialogue = [slot["text"] for slot in _slots(_in_parts(row.fields.get("messages", [])))]
-        return [text for _, value in self._fields(row) for text in _listed(value)] + dialogue
+    def _texts(self, row: Record) -> list[str] | None:
+        """All that is to be translated; None if the row is not of the format."""
+        try:
+            found = [text for _, value in self._fields(row) for text in ([value] if isinstance(value, str) else value)]
+            found += [slot["text"] for slot in _slots(_in_parts(row.fields.get("messages", [])))]
+        except (TypeError, KeyError, AttributeError):
+            return None
+        return found if all(isinstance(text, str) for text in found) else None
 
     def _fields(self, row: Record) -> list[tuple[str, Any]]:
         """(field of the result, what it is made from)."""
         named = [(self.target, self.source)] + [(f"{field}_{self.target}", field) for field in self.texts]
         return [(result, row.fields[field]) for result, field in named if row.fields.get(field)]
 
-    def _row(self, row: Record, translated: dict[str, str]) -> Record | Skipped:
-        texts = self._texts(row)
+    def _row(self, row: Record, texts: list[str] | None, translated: dict[str, str]) -> Record | Skipped:
+        if texts is None:
+            return Skipped(row.key, f"texts that are no texts: {str(row.fields)[:80]}")
         if not texts:
             return Skipped(row.key, f"nothing to translate: no {self.source!r} and no messages among {', '.join(row.fields)}")
         for text in texts:
@@ -89,10 +97,6 @@ def fault(text: str, translation: str, target: str) -> str | None:
     if len(words) > 12 and len({*zip(words, words[1:], words[2:], strict=False)}) < 0.4 * (len(words) - 2):
         return "a translation that repeats itself"
     return None
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
