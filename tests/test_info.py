@@ -239,7 +239,7 @@ def test_video_operations() -> None:
     told = flops.encoder(encoder, flops.Item(0.0, 5), dict)
     assert told is not None
     pixels = torch.zeros(5, 3, 32, 32, device="meta")
-    assert told.flops == pytest.approx(counted(lambda: encoder(torch.tensor([5]), pixel_values=pixels)), rel=0.01)
+    assert told.flops == pytest.approx(counted(lambda: encoder(torch.tensor([5]), torch.arange(5), pixel_values=pixels)), rel=0.01)
     item = Features(torch.randn(1, 5, 17, 32), torch.tensor([5]))
     heard = flops.interface([former], told.length, flops.Item(0.0, 5))
     assert heard is not None
