@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from x2l.encoders.moonshine import HOP, RATE, RECEPTIVE, MoonshineProcessor, detokenize, pad, read_tokens, windows
+from x2l.encoders.moonshine import (
+    HOP,
+    RATE,
+    RECEPTIVE,
+    MoonshineEncoder,
+    MoonshineProcessor,
+    detokenize,
+    pad,
+    read_tokens,
+    windows,
+)
 from x2l.interfaces.cif import CIFOutput
 from x2l.modalities.speech import FrozenListener, Listener, grouped, interface
 from x2l.types import Features
@@ -158,3 +168,19 @@ def test_a_decoder_imported_from_moonshine_writes_what_moonshine_writes() -> Non
     frames = moonshine.build(threads=1)[0](**MoonshineProcessor()([wave[: 3 * RATE]]))
     said = torch.tensor([[0, 1, 2, 3]])
     assert decoder(said[:, :-1], frames).argmax(-1).tolist()[0][1:] == [1, 2, 3]
+
+
+def test_moonshine_is_opened_when_it_first_hears_something() -> None:
+    asked = []
+
+    def file() -> Path:
+        asked.append(1)
+        raise ValueError("the weights cannot be had")
+
+    encoder = MoonshineEncoder(file, "ab" * 32)
+    assert encoder.width == 288
+    assert bytes(encoder.sha256.tolist()).hex() == "ab" * 32  # type: ignore[operator, union-attr]
+    assert asked == []
+    with pytest.raises(ValueError, match="cannot be had"):
+        encoder(torch.zeros(1, 400), torch.tensor([400]))
+    assert asked == [1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ SHA256 = {
 RATE = 16_000  # Hz
 HOP = 384  # samples a frame: the product of the strides 64, 3 and 2 of its three convolutions
 RECEPTIVE = 895  # samples that the first frame sees
+WIDTH = 288  # of a frame
 BOS, EOS = 1, 2
 TOKENS_PER_SECOND = 6.5  # the reference implementation stops its decoder here, against endless repetition
 
@@ -79,23 +81,32 @@ class MoonshineProcessor:
 
 
 class MoonshineEncoder(nn.Module):
-    """``encoder_model.ort`` of Moonshine tiny.
+    """``encoder_model.ort`` of Moonshine tiny; it is opened when it first hears something, so that a model that also reads
+    speech starts as fast, and takes as little memory, as one that does not.
 
     Args:
-        path: the ORT file.
+        file: gives the path of the ORT file, fetching it if need be.
+        sha256: of that file: what the encoder's features depend on.
         max_seconds: longest window that the network sees at once; its attention is quadratic in time.
         threads: threads of onnxruntime, 0 = its own choice.
     """
 
     seconds_per_frame = HOP / RATE
+    width = WIDTH
 
-    def __init__(self, path: Path, max_seconds: float = 20.0, threads: int = 0) -> None:
+    def __init__(self, file: Callable[[], Path], sha256: str, max_seconds: float = 20.0, threads: int = 0) -> None:
         super().__init__()
-        self._session = session(path, threads)
-        # The file's identity, for whoever asks what this encoder's features depend on.
-        self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256_of(path))), dtype=torch.uint8))
-        self.width: int = self._session.get_outputs()[0].shape[-1]
+        self._file, self._threads = file, threads
+        self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.max_seconds = max_seconds
+
+    @cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        opened = session(self._file(), self._threads)
+        width = opened.get_outputs()[0].shape[-1]
+        if width != WIDTH:
+            raise ValueError(f"this Moonshine encoder has frames of width {width}, expected {WIDTH}: only tiny is supported")
+        return opened
 
     def forward(self, waves: Tensor, lengths: Tensor) -> Features:
         """Encode ``waves`` (N, S) with ``lengths`` (N,) samples to (N, F, 288), ``F = ceil(lengths / 384)``."""
@@ -126,7 +137,7 @@ class MoonshineTranscriber:
     """
 
     def __init__(self, encoder: Path, decoder: Path, tokenizer: Path, max_seconds: float = 20.0, threads: int = 0) -> None:
-        self.encoder = MoonshineEncoder(encoder, max_seconds, threads)
+        self.encoder = MoonshineEncoder(lambda: encoder, sha256_of(encoder), max_seconds, threads)
         self._session = session(decoder, threads)
         self._tokens = read_tokens(tokenizer)
         self._past = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values")]
@@ -190,7 +201,9 @@ def build(
     Raises:
         ValueError: the weights cannot be had.
     """
-    return MoonshineEncoder(resolve(weights, sha256), max_seconds, threads), MoonshineProcessor()
+    return MoonshineEncoder(
+        lambda: resolve(weights, sha256), sha256 or sha256_of(resolve(weights)), max_seconds, threads
+    ), MoonshineProcessor()
 
 
 def build_transcriber(threads: int = 0) -> MoonshineTranscriber:
