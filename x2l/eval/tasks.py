@@ -14,7 +14,7 @@ from x2l.eval.bootstrap import Stat
 Row = dict[str, Any]
 Hypotheses = Sequence[str | None]
 LOWER_IS_BETTER = ("WER", "CER")
-NOT_SKILLS = ("says yes", "neither")  # described beside the scores, neither good nor bad
+NOT_SKILLS = ("says yes", "neither", "no class")  # described beside the scores, neither good nor bad
 FIRST_SCORE = {"caption": "CIDEr"}  # by which samples are ranked; elsewhere the first one of the task
 
 
