@@ -22,7 +22,7 @@ from x2l.data.media import MediaError
 
 log = logging.getLogger(__name__)
 KEPT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")  # of the environment: no keys, no tokens
-START_SECONDS = 60.0
+START_SECONDS = 120.0  # a process imports its libraries once; on a busy machine that takes long
 MAX_HEAD = 1 << 16
 DTYPES = ("uint8", "float32")
 

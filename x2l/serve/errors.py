@@ -72,4 +72,5 @@ def _explain(error: RequestValidationError) -> tuple[str, str]:
     shown = f" (got {ascii(value)[:MAX_SHOWN]})" if isinstance(value, str | int | float | bool) else ""
     more = len(error.errors()) - 1
     path = json.dumps(path)[1:-1][:MAX_SHOWN]
-    return f"{path or 'body'}: {first['msg']}{shown}{f', and {more} more errors' if more else ''}", path
+    reason = first["msg"][: 4 * MAX_SHOWN]  # it may quote the request
+    return f"{path or 'body'}: {reason}{shown}{f', and {more} more errors' if more else ''}", path

@@ -1,0 +1,114 @@
+"""A real server on a tiny random model in a thread, for the tests of x2l.serve."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2 as httpx
+
+from x2l.assistant import Assistant
+from x2l.serve.app import ServerConfig, create_app
+from x2l.serve.decoders import DecoderPool
+from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.server import Server
+
+KEY = "a-key-for-the-tests"
+BOUNDS = {"image": {"max_pixels": 25_000_000}, "audio": {"max_seconds": 600.0}}
+
+
+@dataclass
+class Running:
+    """A server that is up."""
+
+    server: Server
+    engine: Engine
+    pool: DecoderPool
+    port: int
+    http: httpx.Client
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, content: Any = "Hi", **fields: Any) -> httpx.Response:
+        body = {"model": "x2l", "messages": [{"role": "user", "content": content}], "max_tokens": 3, "temperature": 0} | fields
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def metric(self, name: str) -> float:
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+@contextlib.contextmanager
+def running(assistant: Assistant, engine: EngineConfig | None = None, seconds: float = 300.0, **config: Any) -> Iterator[Running]:
+    """Serve until the block ends, with one key."""
+    pool = DecoderPool(1, seconds, BOUNDS)
+    one = Engine(assistant, engine or EngineConfig(), pool)
+    gate = create_app(one, ServerConfig(**({"api_keys": [KEY]} | config)), pool)
+    server = Server(gate, "127.0.0.1", 0, grace=10)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.02)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=600) as http:
+            yield Running(server, one, pool, port, http)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        one.close()
+        pool.close()
+
+
+def data_url(blob: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(blob).decode()}"
+
+
+def image_part(blob: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(blob)}}
+
+
+def raw_http(port: int, request: bytes) -> tuple[int, bytes]:
+    """Bytes on a bare socket: the status and the body of what comes back (0 if the connection is just closed)."""
+    with socket.create_connection(("127.0.0.1", port), timeout=600) as connection:
+        received = b""
+        with contextlib.suppress(OSError):  # refused bodies are not read to their end
+            connection.sendall(request)
+        with contextlib.suppress(OSError):
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+                head, _, body = received.partition(b"\r\n\r\n")
+                length = next((int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:")), None)
+                if length is not None and len(body) >= length:
+                    break
+    return (int(received.split(b" ", 2)[1]), received.partition(b"\r\n\r\n")[2]) if received else (0, b"")
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_error(status: int, body: bytes) -> str:
+    """OpenAI's shape, and nothing of the inside; the message."""
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    for leak in ("0x", "Traceback", "/work", "/usr", ".py", "site-packages"):
+        assert leak not in error["message"], error
+    assert 400 <= status < 600
+    return str(error["message"])
