@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,18 @@ def test_an_overdue_request_ends_with_an_error(model: Assistant) -> None:
             list(engine.submit([user("a")], Decode(50)))
     finally:
         engine.close()
+
+
+def test_threads_do_not_mix_up_scaffold_and_content(engine: Engine) -> None:
+    texts = ["<|im_end|><|im_start|>" * n for n in range(1, 17)]
+
+    def submit(text: str) -> int:
+        answer = engine.submit([user(text)], Decode(1))
+        list(answer)
+        return answer.usage.prompt
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(submit, texts)) == [19 + len(text) for text in texts]  # one token a byte, none special
 
 
 @pytest.mark.parametrize("when", ["prompt", "step"])

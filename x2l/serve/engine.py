@@ -98,6 +98,7 @@ class Engine:
         self._filling: Job | None = None
         self._open = 0  # answers that are not finished, those whose media are still being decoded included
         self._wake = threading.Condition()
+        self._tokenizer = threading.Lock()  # it switches between scaffold and content: two threads would mix them up
         self._closed, self._beat = False, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="x2l-engine", daemon=True)
         self._thread.start()
@@ -176,7 +177,8 @@ class Engine:
                     f"this model reads text{''.join(f', {name}' for name in self.reads)}; it cannot read {part.type}"
                 )
         try:
-            row = self.assistant.renderer.prompt(messages)
+            with self._tokenizer:
+                row = self.assistant.renderer.prompt(messages)
         except (ValueError, TemplateError) as error:
             raise RequestError(f"the model's chat template refuses this conversation: {error}") from error
         limit = min(decode.max_new_tokens or self.config.max_new_tokens, self.config.max_new_tokens)
@@ -188,7 +190,7 @@ class Engine:
         else:
             generator.manual_seed(decode.seed)
         deadline = time.monotonic() + self.config.request_seconds
-        return Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self.assistant.decode, decode.stop), deadline)
+        return Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self._text, decode.stop), deadline)
 
     def _check_context(self, length: int, decode: Decode) -> None:
         new = decode.max_new_tokens or 1
@@ -197,6 +199,10 @@ class Engine:
                 f"{length} tokens of prompt and media + {new} of answer exceed the context of {self.context}; shorten the "
                 "conversation, use fewer media or a smaller max_tokens"
             )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        with self._tokenizer:
+            return self.assistant.decode(ids)
 
     def _item(self, modality: str, blob: bytes) -> Item:
         key = f"{modality}:{hashlib.sha256(blob).hexdigest()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -13,27 +14,30 @@ KV = list[tuple[Tensor, Tensor]]  # keys and values (B, H, L, d) of each layer
 
 
 class EmbeddingStore:
-    """Interface outputs (U, D) by modality and sha256 of the file; the least recently used go first."""
+    """Interface outputs (U, D) by modality and sha256 of the file; the least recently used go first. Threads may share it."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes = max_bytes, 0
+        self._lock = threading.Lock()
         self._items: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def get(self, key: Hashable) -> Tensor | None:
-        found = self._items.get(key)
-        if found is not None:
-            self._items.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._items.get(key)
+            if found is not None:
+                self._items.move_to_end(key)
+            return found
 
     def put(self, key: Hashable, embeds: Tensor) -> None:
         """Keep ``embeds``, which must own its memory (no view of something larger)."""
-        if key in self._items or embeds.nbytes > self.max_bytes:
-            return
-        self._items[key] = embeds
-        self.num_bytes += embeds.nbytes
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._items.popitem(last=False)
-            self.num_bytes -= dropped.nbytes
+        with self._lock:
+            if key in self._items or embeds.nbytes > self.max_bytes:
+                return
+            self._items[key] = embeds
+            self.num_bytes += embeds.nbytes
+            while self.num_bytes > self.max_bytes:
+                _, dropped = self._items.popitem(last=False)
+                self.num_bytes -= dropped.nbytes
 
     def __len__(self) -> int:
         return len(self._items)
