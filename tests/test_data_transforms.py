@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import picture, write_shard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from x2l.data.sources import DataError, Record, read_source
@@ -160,6 +160,7 @@ def test_workers_run_at_the_same_time(rows: Path, tmp_path: Path) -> None:
     run(Meeting(tmp_path / "log"), read_source(str(rows)), tmp_path / "out", workers=2, progress=False)
 
 
+@settings(deadline=None)  # it writes files
 @given(st.lists(st.tuples(st.text(max_size=40), st.binary(max_size=700)), min_size=1, max_size=6), st.integers(1, 5))
 def test_joined_chunks_are_what_tarfile_writes(
     tmp_path_factory: pytest.TempPathFactory, found: list[tuple[str, bytes]], size: int

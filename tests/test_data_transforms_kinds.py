@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import make_tokenizer, picture, write_shard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -102,6 +102,7 @@ def test_speak_refuses_silence_and_unknown_languages(hum: None, monkeypatch: pyt
         Speak(["slt"])
 
 
+@settings(deadline=None)
 @given(st.floats(5, 40), st.integers(0, 2**32))
 def test_noise_has_the_power_that_is_recorded(snr: float, seed: int) -> None:
     sound = levelled(np.sin(np.arange(16_000) / 7).astype(np.float32) * 0.3, SAMPLE_RATE) * 0.2
@@ -178,6 +179,7 @@ def test_dedupe(tmp_path: Path) -> None:
         find_duplicates(source, "colour")
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=20), st.integers(0, 2**64 - 1), st.sets(st.integers(0, 63), max_size=7))
 def test_near_hashes_are_always_found(others: list[int], one: int, flips: set[int]) -> None:
     near = one

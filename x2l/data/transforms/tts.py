@@ -22,7 +22,7 @@ KOKORO_SHA256 = "fbae9257e1e05ffc727e951ef9b9c98418e6d79f1c9b6b13bd59f5c9028a147
 KOKORO_RATE = 24_000  # Hz
 KOKORO_LONGEST = 510  # phonemes; a voice has a style for each length up to it
 KOKORO_LANGS = {"a": "en", "b": "en", "z": "zh"}  # by the first letter of a voice: American, British, Mandarin
-PROGRAM_SECONDS = 60.0
+PROGRAM_SECONDS = 600.0
 
 
 class SpeechError(ValueError):
@@ -153,8 +153,9 @@ class Flite:
         return "en"
 
     def speak(self, text: str, voice: str, speed: float) -> tuple[np.ndarray, int]:
-        command = ["flite", "-voice", voice, "--setf", f"duration_stretch={1 / speed:.4f}", "-f", "/dev/stdin", "-o", "/dev/stdout"]
-        return _read(_run(command, text))
+        stretch = f"duration_stretch={1 / speed:.4f}"
+        # The text is an argument: with -f, flite opens its output anew for each sentence, which a pipe does not survive.
+        return _read(_run(["flite", "-voice", voice, "--setf", stretch, "-t", text, "-o", "/dev/stdout"], ""))
 
 
 ENGINES: dict[str, type[Kokoro] | type[Espeak] | type[Flite]] = {"kokoro": Kokoro, "espeak": Espeak, "flite": Flite}
@@ -182,7 +183,8 @@ def _run(command: list[str], text: str) -> bytes:
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=PROGRAM_SECONDS, check=True)
     except subprocess.TimeoutExpired as error:
-        raise SpeechError(f"{command[0]} took longer than {PROGRAM_SECONDS:g} s for {text[:60]!r}") from error
+        # How long it takes is the machine's affair: the run stops, and the row is not held to be bad.
+        raise DataError(f"{command[0]} took longer than {PROGRAM_SECONDS:g} s for {text[:60]!r}: is the machine busy?") from error
     except subprocess.CalledProcessError as error:
         raise SpeechError(f"{command[0]} failed: {error.stderr.decode(errors='replace')[:200]}") from error
     return done.stdout
