@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo web test lint clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/x2l: pyproject.toml
@@ -13,6 +13,13 @@ $(BIN)/x2l: pyproject.toml
 
 demo: $(BIN)/x2l  ## answers about two photos that scikit-learn ships
 	$(BIN)/x2l demo
+
+$(BIN)/uvicorn: $(BIN)/x2l
+	$(BIN)/pip install -q -e '.[web]'
+	@touch $@
+
+web: $(BIN)/uvicorn  ## the chat page at http://127.0.0.1:8000/
+	$(BIN)/x2l web
 
 $(BIN)/pytest: $(BIN)/x2l
 	$(BIN)/pip install -q -e '.[dev]'

@@ -165,6 +165,30 @@ def serve(
 
 
 @app.command()
+def web(
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="address to listen at; others than this machine's own need API keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+    api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
+) -> None:
+    """Chat with a model in the browser: photos, videos and sound, as far as it reads them (docs/serve.md).
+
+    Examples:
+
+        x2l web
+
+        X2L_API_KEYS=a-long-random-key x2l web --host 0.0.0.0      (then http://ADDRESS:8000/#key=a-long-random-key)
+    """
+    try:
+        from x2l.serve.server import run
+    except ModuleNotFoundError as error:
+        raise RunError(f"x2l web needs {error.name}: pip install 'x2l[web]'") from error
+
+    console.print(f"loading {model}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)", highlight=False)
+    run(model, host, port, api_keys, page=True)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from x2l.config import RECIPES, shipped

@@ -18,7 +18,6 @@ from x2l.serve.errors import error_body
 Scope = dict[str, Any]
 Message = dict[str, Any]
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-OPEN_PATHS = ("/health",)  # liveness needs no key
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Gate:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self.requests = self.body_bytes = 0
         self.draining = False
+        self.open_paths = {"/health"}  # liveness needs no key
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -93,7 +93,7 @@ class Gate:
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Any, send: Any) -> None:
         preflight = scope["type"] == "http" and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
-        if scope["path"] not in OPEN_PATHS and not preflight:  # a browser's preflight bears no key and reaches no route
+        if scope["path"] not in self.open_paths and not preflight:  # a browser's preflight bears no key and reaches no route
             scope["state"]["owner"] = self._owner(headers)
         if scope["type"] == "websocket" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)

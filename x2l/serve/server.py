@@ -114,8 +114,9 @@ def run(
     allow_remote: bool = False,
     max_batch: int = 8,
     grace: float = 60.0,
+    page: bool = False,
 ) -> None:
-    """Load a model and serve it until a signal comes.
+    """Load a model and serve it until a signal comes, with ``page`` the chat page too.
 
     Raises:
         ValueError: a public address without API keys, ``*`` among the origins, or a model that cannot be loaded.
@@ -133,6 +134,11 @@ def run(
         engine = Engine(Assistant.load(model), engine_config, pool)
         name = Path(model).stem if model.endswith((".yaml", ".yml")) else model
         config = ServerConfig(name, keys, origins, allow_remote, limits)
-        Server(create_app(engine, config, pool), host, port, grace).run()
+        gate = create_app(engine, config, pool)
+        if page:
+            from x2l.serve.web import add_page  # a leaf that may be deleted
+
+            add_page(gate, engine, config)
+        Server(gate, host, port, grace).run()
     finally:
         pool.close()
