@@ -109,7 +109,9 @@ class TrainConfig(Strict):
     clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
-    views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored and cropped, or other speeds and noise
+    views: int = (
+        1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored and cropped, or other speeds and noise
+    )
     save_every: int = 200
     val_every: int = 200
     val_batches: int = 8
@@ -200,9 +202,8 @@ def _explain(cls: type[BaseModel], error: Any) -> str:
 
 
 def _all_keys(cls: type[BaseModel]) -> list[str]:
-    parts = [LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, HoldoutConfig, Schedule]
-    models: list[type[BaseModel]] = [cls, *parts]
-    return sorted({field for model in models for field in model.model_fields})
+    parts: list[type[BaseModel]] = [LLMConfig, TemplateConfig, ModalityConfig, ModelConfig, SourceConfig, HoldoutConfig, Schedule]
+    return sorted({field for model in [cls, *parts] for field in model.model_fields})
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

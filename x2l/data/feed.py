@@ -104,14 +104,14 @@ def open_feed(sources: Sequence[Any], root: str, batch_size: int, seed: int, buc
 class Subset(Sequence[Record]):
     """The records at some indices."""
 
-    def __init__(self, records: Sequence[Record], index: Sequence[int]):
-        self.records, self.index = records, index
+    def __init__(self, records: Sequence[Record], chosen: Sequence[int]):
+        self.records, self.chosen = records, chosen
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.chosen)
 
     def __getitem__(self, i: Any) -> Any:
-        return self.records[self.index[i]]
+        return self.records[self.chosen[i]]
 
 
 def held_out(record: Record, field: str, percent: int) -> bool:
