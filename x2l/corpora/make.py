@@ -32,8 +32,9 @@ def make_vsdial(
         langs = ", ".join(f"{lang} {num}" for lang, num in sorted(Counter(each.lang for each in asked).items()))
         kinds = ", ".join(f"{kind} {num}" for kind, num in Counter(each.kind for each in asked).most_common())
         lines.append(
-            f"- {name}: {len(asked)} samples ({langs}) about {len({each.row for each in asked})} photos; {spoken.kept} utterances, "
-            f"{spoken.counts['milliseconds'] / 60_000:.1f} minutes, {len(split.voices)} voices; kinds: {kinds}."
+            f"- {name}: {len(asked)} questions ({langs}) about {len({each.row for each in asked})} photos; "
+            f"{spoken.kept} utterances, {spoken.counts['milliseconds'] / 60_000:.1f} minutes, {len(split.voices)} voices; "
+            f"{spoken.rows_a_second:.2f} rows/s; kinds: {kinds}."
         )
     return lines
 
