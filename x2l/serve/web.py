@@ -57,7 +57,8 @@ def describe(engine: Engine, config: ServerConfig) -> dict[str, Any]:
     assistant, limits = engine.assistant, config.limits
     reads = {}
     for name, part in assistant.config.modalities.items():
-        modules = [type(module).__name__ for module in assistant.model.modalities[name].interface]
+        modality: Any = assistant.model.modalities[name]
+        modules = [type(module).__name__ for module in modality.interface]
         reads[name] = " → ".join([part.encoder.name.rsplit(":", 1)[-1], *modules])
     return {
         "model": config.model,
@@ -66,6 +67,7 @@ def describe(engine: Engine, config: ServerConfig) -> dict[str, Any]:
         "max_media": limits.max_media,
         "max_file_bytes": limits.max_file_bytes,
         "max_body_bytes": limits.max_body_bytes,
+        "max_seconds": limits.max_seconds,
         "max_new_tokens": min(engine.config.max_new_tokens, engine.context // 2),
     }
 

@@ -1,7 +1,7 @@
 // The conversation: what is attached, asked, answered, edited.
 
 import * as api from "./api.js";
-import { fromFile, megabytes, Recorder, wirePart } from "./media.js";
+import { fromFile, kindOf, megabytes, Recorder, wirePart } from "./media.js";
 import { access, keep, openSettings, settings, takeSettings } from "./settings.js";
 import { setLanguage, t, TEXTS } from "./texts.js";
 import { $, answerArticle, attachedItem, element, hears, readsList, userArticle } from "./view.js";
@@ -116,6 +116,7 @@ function showAttached() {
     $("question").focus();
   })));
   $("editing").hidden = edited === null;
+  [...$("log").children].forEach((article, i) => article.classList.toggle("replaced", edited !== null && i >= 2 * edited));
 }
 
 function showRunning() {
@@ -141,10 +142,10 @@ async function add(files) {
   notice("");
   for (const file of files) {
     try {
-      const item = await fromFile(file, model);
-      if (!reads(item.kind)) throw new Error(missing(item.kind));
-      attached.push(item);
-      say(item.name);
+      const kind = kindOf(file);
+      if (!reads(kind)) throw new Error(missing(kind));
+      attached.push(await fromFile(file, kind, model));
+      say(file.name);
     } catch (error) {
       notice(error.message);
     }
@@ -183,6 +184,7 @@ async function record() {
   try {
     recorder = await Recorder.start(model, (seconds) => {
       $("clock").textContent = `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
+      if (recorder && seconds >= model.max_seconds) record();
     });
   } catch (error) {
     return notice(t("microphone_refused", { error: error.name }));
@@ -214,8 +216,9 @@ function request(index, temperature) {
   if (parts.length > model.max_media) throw new Error(t("too_many", { n: parts.length, limit: model.max_media }));
   const body = JSON.stringify({ model: model.model, messages: talk, temperature, max_tokens: settings.max_tokens, stream: true,
     stream_options: { include_usage: true } });
-  if (body.length > model.max_body_bytes) {
-    throw new Error(t("too_much", { size: megabytes(body.length), limit: megabytes(model.max_body_bytes) }));
+  const { size } = new Blob([body]);
+  if (size > model.max_body_bytes) {
+    throw new Error(t("too_much", { size: megabytes(size), limit: megabytes(model.max_body_bytes) }));
   }
   return body;
 }
@@ -341,9 +344,12 @@ $("edit-cancel").onclick = cancelEdit;
 $("theme").onclick = nextTheme;
 $("language").onclick = () => { settings.language = settings.language === "en" ? "zh" : "en"; keep(); render(); };
 $("settings").onclick = () => openSettings();
-$("dialog-done").onclick = () => $("dialog").close();
-$("dialog").onclose = () => { takeSettings(); connect(); };
-$("dialog").onkeydown = (event) => { if (event.key === "Enter" && event.target.tagName === "INPUT") $("dialog").close(); };
+$("choices").onsubmit = (event) => { event.preventDefault(); $("dialog").close(); };
+$("dialog").onclose = () => {
+  const before = access.key;
+  takeSettings();
+  if (access.key !== before) connect(); // not always: Escape would open the dialog again and again
+};
 for (const kind of ["image", "video", "sound"]) $(`add-${kind}`).onclick = () => pick(kind);
 $("record").onclick = record;
 $("file").onchange = async () => { await add([...$("file").files]); $("file").value = ""; };

@@ -7,9 +7,13 @@ const LONGEST_SIDE = 2048; // of a photo that is sent: encoders see a few hundre
 const KINDS = { image: "image", video: "video", audio: "sound" };
 export const megabytes = (bytes) => (bytes / 2 ** 20).toFixed(1);
 
-export async function fromFile(file, limits) {
+export function kindOf(file) {
   const kind = KINDS[file.type.split("/")[0]];
   if (!kind) throw new Error(t("unknown_kind", { name: file.name }));
+  return kind;
+}
+
+export async function fromFile(file, kind, limits) {
   const blob = kind === "image" ? await photo(file) : file;
   return item(kind, file.name, blob, limits);
 }

@@ -1,0 +1,392 @@
+"""The chat page: its files and rules without a browser, and then as a person uses it, in headless Chromium.
+
+Screenshots of the browser's tests stay in artefacts/web.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from serving import KEY, Running, check_error, running
+
+from x2l.assistant import Assistant
+from x2l.build import build
+from x2l.config import ModelConfig
+from x2l.serve.app import ServerConfig
+from x2l.serve.engine import EngineConfig
+from x2l.serve.web import CHINESE, add_page, knows_chinese
+from x2l.types import Part, assistant, user
+
+PAGE = Path(__file__).parents[1] / "x2l" / "serve" / "page"
+SHOTS = Path(__file__).parents[1] / "artefacts" / "web"
+SPEECH = {
+    "encoder": {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
+                "num_blocks": 1},
+    "interface": {"listener": {"width": 16, "num_heads": 2, "kernel": 3}, "width": 16, "depth": 1, "heads": 2},
+}  # fmt: skip
+IMAGE = {
+    "encoder": {"name": "conftest:patches"},
+    "interface": {"width": 16, "depth": 2, "heads": 2, "num_queries": 4, "cross_every": 1},
+}
+PATIENCE = 120_000  # ms; a busy machine is slow, not wrong
+
+
+def photo(width: int = 640, height: int = 480) -> bytes:
+    down, right = np.mgrid[0:height, 0:width]
+    pixels = np.stack([right * 255 // width, down * 255 // height, np.full_like(down, 120)], axis=-1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(llm_folder: Path) -> Assistant:
+    torch.manual_seed(0)
+    return Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder, image=IMAGE, speech=SPEECH))))
+
+
+@pytest.fixture(scope="module")
+def site(model: Assistant) -> Iterator[Running]:
+    with running(model, EngineConfig(max_new_tokens=400)) as up:
+        add_page(up.server.gate, up.engine, ServerConfig(api_keys=[KEY]))
+        yield up
+
+
+# --- without a browser ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_open_and_the_model_is_not(site: Running) -> None:
+    strangers = {"Authorization": ""}
+    for path in ("/", *(f"/page/{file.name}" for file in PAGE.iterdir() if file.name != "index.html")):
+        response = site.http.get(path, headers=strangers)
+        assert response.status_code == 200, path
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+    assert site.http.get("/page/model", headers=strangers).status_code == 401
+    facts = site.http.get("/page/model").json()
+    assert facts["reads"] == {
+        "image": "patches → QFormer → Adapter",
+        "speech": "conformer → FrozenListener → CFormer → Adapter",
+    }
+    assert (facts["model"], facts["chinese"], facts["max_new_tokens"]) == ("x2l", False, 400)
+
+
+@pytest.mark.parametrize(
+    "path", ["/page/../web.py", "/page/%2e%2e/web.py", "/page/..%2fweb.py", "/page//etc/passwd", "/file=/etc/passwd", "/page/"]
+)
+def test_no_request_becomes_a_path(site: Running, path: str) -> None:
+    for headers in ({}, {"Authorization": ""}):
+        response = site.http.get(path, headers=headers)
+        check_error(response.status_code, response.content)
+
+
+def test_whether_a_vocabulary_knows_chinese() -> None:
+    class Spells:
+        def __init__(self, length: float) -> None:
+            self.length = length
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [0] * int(self.length * len(text))
+
+    assert len(CHINESE) == 17
+    assert knows_chinese(Spells(0.6))
+    assert not knows_chinese(Spells(2.3))
+
+
+class Tags(HTMLParser):
+    """Attributes of all elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def tags() -> list[tuple[str, dict[str, str | None]]]:
+    parser = Tags()
+    parser.feed((PAGE / "index.html").read_text(encoding="utf-8"))
+    return parser.found
+
+
+Elements = list[tuple[str, dict[str, str | None]]]
+
+
+def test_the_html_needs_no_exception_from_its_policy(tags: Elements) -> None:
+    for tag, attributes in tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], (tag, attributes)
+        assert tag != "script" or attributes.get("src")
+        for name in ("src", "href"):
+            assert not re.match(r"\w+:|//", attributes.get(name) or ""), "nothing comes from elsewhere"
+
+
+def test_both_languages_say_everything(tags: Elements) -> None:
+    english, chinese = (PAGE / "texts.js").read_text(encoding="utf-8").split("const ZH")
+    entry = re.compile(r"^  (\w+): (.*),$", re.MULTILINE)
+    en, zh = dict(entry.findall(english)), dict(entry.findall(chinese))
+    assert list(en) == list(zh)
+    for key, text in en.items():
+        assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", zh[key])), key
+        assert not re.search("[\u4e00-\u9fff]", text) or key in ("other", "language")
+    code = "".join(file.read_text(encoding="utf-8") for file in PAGE.glob("*.js") if file.name != "texts.js")
+    used = set(re.findall(r'\bt\("(\w+)"', code))
+    for name in ("data-t", "data-label", "data-aria", "data-placeholder"):
+        used |= {str(attributes[name]) for _, attributes in tags if name in attributes}
+    assert used <= set(en)
+
+
+def test_the_scripts_find_their_elements(tags: Elements) -> None:
+    ids = {attributes["id"] for _, attributes in tags if "id" in attributes}
+    code = "".join(file.read_text(encoding="utf-8") for file in PAGE.glob("*.js"))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', code)) <= ids
+    assert {f"i-{name}" for name in re.findall(r'icon\("(\w+)"\)', code)} <= ids
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'x2l[dev]'")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no browser: apt-get install chromium")
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    playwright.expect.set_options(timeout=PATIENCE)
+    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--disable-gpu"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=flags, timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium: Any, site: Running) -> Iterator[Any]:
+    """A fresh visitor with the key in the link, whose console must stay silent."""
+    context = chromium.new_context(viewport={"width": 1000, "height": 760}, locale="en-GB")
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda line: complaints.append(line.text) if "Content Security Policy" in line.text else None)
+    page.goto(f"{site.url}/#key={KEY}")
+    page.locator("#examples button").first.wait_for()
+    yield page
+    context.close()
+    assert not complaints
+
+
+def expect(locator: Any) -> Any:
+    from playwright.sync_api import expect as expectation
+
+    return expectation(locator)
+
+
+def add_photo(page: Any, blob: bytes) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click("#add-image")
+    chooser.value.set_files({"name": "sea.png", "mimeType": "image/png", "buffer": blob})
+    expect(page.locator("#attached img")).to_be_visible()
+
+
+def ask(page: Any, text: str) -> Any:
+    """Type, press Enter, and wait for the whole answer: its article."""
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+    return answered(page)
+
+
+def answered(page: Any) -> Any:
+    article = page.locator("article.answer").last
+    expect(article).to_have_attribute("aria-busy", "false")
+    return article
+
+
+def said(article: Any) -> str:
+    return str(article.locator(".bubble").text_content())
+
+
+def alone(model: Assistant, *messages: Any) -> str:
+    return "".join(model.stream(messages, 256))
+
+
+@pytest.mark.slow
+def test_a_photo_questions_edits_and_clearing(tab: Any, model: Assistant) -> None:
+    """What is shown is what the model itself answers to the same conversation."""
+    blob = photo()
+    assert KEY not in tab.url
+    add_photo(tab, blob)
+    first = ask(tab, "What is it?")
+    shown = user(Part("image", bytes=blob), "What is it?")
+    answer = said(first)
+    assert answer == alone(model, shown)
+    facts = first.locator(".facts")
+    expect(facts).to_contain_text("photo read by patches → QFormer → Adapter: 4 embeddings")
+    expect(facts).to_contain_text("tokens/s")
+    assert tab.locator("article.user img").evaluate("image => image.naturalWidth") == 640
+    second = said(ask(tab, "And now?"))
+    assert second == alone(model, shown, assistant(answer), user("And now?"))
+    expect(tab.locator("article.answer").last.locator(".facts")).to_contain_text("prompt tokens known already")
+    tab.screenshot(path=SHOTS / "answer.png")
+
+    tab.locator("article.user").first.get_by_role("button", name="Edit").click()
+    expect(tab.locator("#attached img")).to_be_visible()
+    expect(tab.locator("#question")).to_have_value("What is it?")
+    assert said(ask(tab, "Who is it?")) == alone(model, user(Part("image", bytes=blob), "Who is it?"))
+    assert tab.locator("article").count() == 2
+
+    tab.get_by_role("button", name="Regenerate").click()
+    expect(answered(tab).locator(".facts")).to_contain_text("temperature 0.7")
+    tab.click("#clear")
+    expect(tab.locator("article")).to_have_count(0)
+    expect(tab.locator("#welcome")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_stop_ends_the_computing(tab: Any, site: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.engine, "stops", set())
+    slow = site.engine.model.llm.register_forward_hook(lambda *_: time.sleep(0.05))
+    cancelled = site.engine.stats.cancelled
+    try:
+        tab.click("#settings")
+        tab.fill("#temperature", "2")
+        tab.fill("#max-tokens", "400")
+        tab.click("#dialog-done")
+        tab.fill("#question", "Go on.")
+        tab.press("#question", "Enter")
+        expect(tab.locator("article.answer .bubble")).not_to_be_empty()
+        assert tab.locator("article.answer").get_attribute("aria-busy") == "true"  # it is shown while it is made
+        tab.click("#stop")
+        expect(answered(tab).locator(".facts")).to_contain_text("stopped")
+        until = time.monotonic() + PATIENCE / 1000
+        while site.engine.load != (0, 0) and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        slow.remove()
+    assert site.engine.stats.cancelled == cancelled + 1
+    expect(tab.locator("#send")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_the_microphone(tab: Any) -> None:
+    tab.click("#record")
+    expect(tab.locator("#clock")).to_have_text("0:02")
+    tab.screenshot(path=SHOTS / "recording.png")
+    tab.click("#record")
+    expect(tab.locator("#attached audio")).to_be_visible()
+    tab.click("#send")
+    facts = answered(tab).locator(".facts")
+    expect(facts).to_contain_text("speech read by conformer → FrozenListener → CFormer → Adapter")
+    expect(tab.locator("article.user audio")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_what_the_model_lacks_says_so(tab: Any) -> None:
+    video = tab.locator("#add-video")
+    expect(video).to_have_attribute("aria-disabled", "true")
+    video.focus()
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#notice")).to_have_text("This model has no video interface, so it cannot read videos.")
+    drop = """() => { const data = new DataTransfer();
+        data.items.add(new File(['x'], 'film.mp4', {type: 'video/mp4'}));
+        data.items.add(new File(['x'], 'notes.txt', {type: 'text/plain'}));
+        return data; }"""
+    tab.dispatch_event("main", "drop", {"dataTransfer": tab.evaluate_handle(drop)})
+    expect(tab.locator("#notice")).to_have_text("notes.txt: neither a photo, a video nor a sound.")
+    expect(tab.locator("#attached")).to_be_hidden()
+
+
+def events(*texts: str) -> str:
+    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+
+
+@pytest.mark.slow
+def test_markup_stays_text_and_errors_are_told(tab: Any) -> None:
+    evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> [x](javascript:alert(1))"
+    whole = events(evil[:20], evil[20:]) + "data: [DONE]\n\n"
+    tab.route("**/v1/chat/completions", lambda route: route.fulfill(body=whole, content_type="text/event-stream"))
+    assert said(ask(tab, evil)) == evil
+    assert tab.locator("article.user .bubble").text_content() == evil
+    assert tab.locator("article img, article script, article a").count() == 0
+    assert tab.title() == "X2L · x2l"
+
+    tab.unroute("**/v1/chat/completions")
+    tab.route("**/v1/chat/completions", lambda route: route.fulfill(body=events("Half"), content_type="text/event-stream"))
+    half = ask(tab, "Go")
+    assert said(half) == "Half"
+    expect(half.locator(".problem")).to_have_text("The connection broke off in the middle of the answer.")
+
+    tab.unroute("**/v1/chat/completions")
+    busy = json.dumps({"error": {"message": "too many requests: 72 are in work or waiting"}})
+    tab.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, body=busy))
+    expect(ask(tab, "Go").locator(".problem")).to_contain_text("too many requests: 72")
+    tab.unroute("**/v1/chat/completions")
+    tab.get_by_role("button", name="Try again").click()
+    expect(answered(tab).locator(".facts")).to_contain_text("tokens")
+
+
+@pytest.mark.slow
+def test_a_wrong_key_is_asked_for(tab: Any, site: Running) -> None:
+    tab.evaluate("sessionStorage.clear()")
+    tab.goto(f"{site.url}/?again")
+    expect(tab.locator("#dialog-error")).to_have_text("This server asks for an API key.")
+    tab.fill("#key", "not the key")
+    tab.press("#key", "Enter")
+    expect(tab.locator("#dialog-error")).to_have_text("The server did not accept the API key.")
+    tab.fill("#key", KEY)
+    tab.click("#dialog-done")
+    expect(tab.locator("#model")).to_have_text("x2l")
+
+
+@pytest.mark.slow
+def test_phone_dark_chinese_and_accessibility(tab: Any) -> None:
+    """axe-core finds nothing, light and dark, empty and in use; nothing is wider than a small phone, nothing too small to hit."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def check() -> None:
+        results = axe.run(tab)
+        assert results.violations_count == 0, results.generate_report()
+
+    check()
+    tab.screenshot(path=SHOTS / "welcome.png")
+    add_photo(tab, photo())
+    ask(tab, "What is it?")
+    check()
+    tab.set_viewport_size({"width": 360, "height": 700})
+    tab.screenshot(path=SHOTS / "phone.png")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    for button in tab.locator("button:visible").all():
+        box = button.bounding_box()
+        assert min(box["width"], box["height"]) >= 44, button.evaluate("node => node.outerHTML")
+    tab.click("#theme")
+    tab.click("#theme")
+    check()
+    tab.click("#language")
+    assert tab.locator("html").get_attribute("lang") == "zh-CN"
+    expect(tab.locator("#question")).to_have_attribute("placeholder", "输入问题")
+    tab.screenshot(path=SHOTS / "phone-dark-chinese.png")
+    tab.click("#clear")
+    expect(tab.locator("#tongue")).to_be_visible()  # the test's vocabulary has no Chinese, and the page says so
+    check()
+    tab.click("#settings")
+    check()
+    tab.screenshot(path=SHOTS / "settings-dark-chinese.png")
+    assert tab.locator("#key").evaluate("node => node.type") == "password"
