@@ -295,6 +295,11 @@ def test_the_microphone(tab: Any) -> None:
     facts = answered(tab).locator(".facts")
     expect(facts).to_contain_text("speech read by conformer → FrozenListener → CFormer → Adapter")
     expect(tab.locator("article.user audio")).to_be_visible()
+    tab.click("#record")
+    expect(tab.locator("#clock")).to_have_text("0:01")
+    tab.press("#question", "Enter")  # sending ends the recording and takes it along
+    expect(tab.locator("article.user audio")).to_have_count(2)
+    answered(tab)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ let attached = [];
 let edited = null; // index of the turn that is being edited
 let running = null; // AbortController of the answer in progress
 let recorder = null;
+let opening = false; // the microphone: the browser may be asking the person
 
 // --- what is said to the person -----------------------------------------------------------------------------------
 
@@ -30,7 +31,8 @@ function explain(error) {
     if (error.status === 401) return t(access.key ? "wrong_key" : "need_key");
     return error.message || t("failed", { status: error.status });
   }
-  return t(error.message === "broken off" ? "broken_off" : "unreachable");
+  if (error.message === "broken off") return t("broken_off");
+  return error.name === "Error" ? error.message : t("unreachable"); // our own words, or fetch's TypeError
 }
 
 // --- the model, and what it reads ---------------------------------------------------------------------------------
@@ -181,6 +183,8 @@ async function record() {
     $("question").focus();
     return;
   }
+  if (opening) return;
+  opening = true;
   try {
     recorder = await Recorder.start(model, (seconds) => {
       $("clock").textContent = `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
@@ -188,6 +192,8 @@ async function record() {
     });
   } catch (error) {
     return notice(t("microphone_refused", { error: error.name }));
+  } finally {
+    opening = false;
   }
   button.setAttribute("aria-pressed", "true");
   button.setAttribute("aria-label", t("recording"));
@@ -224,7 +230,8 @@ function request(index, temperature) {
 }
 
 async function send() {
-  if (running || recorder) return;
+  if (running) return;
+  if (recorder) await record(); // what was said so far is part of the message
   const text = $("question").value.trim();
   if (!text && !attached.length) return notice(t("empty"));
   if (!model && !await connect()) return;
@@ -258,7 +265,7 @@ async function ask(index, temperature) {
     await receive(turn, request(index, temperature), control.signal);
   } catch (error) {
     if (control.signal.aborted) turn.stopped = true;
-    else turn.problem = error.name === "Error" && error.message !== "broken off" ? error.message : explain(error);
+    else turn.problem = explain(error);
   }
   turn.busy = false;
   running = null;
