@@ -27,7 +27,7 @@ def speech_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, text in enumerate(["GO ON", "I DO", "TELL HIM", "SIT"]):
         buffer = io.BytesIO()
         soundfile.write(buffer, 0.1 * rng.standard_normal(16_000 + 900 * i), 16_000, format="WAV")
-        rows[f"u{i}"] = {"wav": buffer.getvalue(), "json": json.dumps({"text": text}).encode()}
+        rows[f"u{i}"] = {"wav": buffer.getvalue(), "json": json.dumps({"text": text, "spk": i}).encode()}
     write_shard(root / "shard-0000.tar", rows)
     return root
 
@@ -41,7 +41,8 @@ def shrunk(name: str, llm: Path, data: Path, run: Path, init: dict[str, str]) ->
     if "decoder" in raw.get("stage_args", {}):
         raw["stage_args"] |= {"moonshine": False}
         raw["stage_args"]["decoder"] |= {"ffn_width": 16, "num_heads": 2, "num_blocks": 3}
-    source = raw["data"][0] | {"path": "shard-*.tar", "tasks": {"asr": {"lang": "en"}}}
+    source = raw["data"][0] | {"path": "shard-*.tar", "tasks": {"asr": {"lang": "en"}}, "holdout": None}
+    raw["val"] = [source | {"holdout": {"field": "spk", "percent": 50, "part": "held_out"}}]
     raw |= {"data": [source], "data_root": str(data), "run": str(run), "init": init, "steps": 2, "epochs": None}
     raw |= {"batch_size": 2, "accumulate": 1, "schedule": {"name": raw["schedule"]["name"], "final": 0.1}}
     path = run.parent / f"{run.name}.yaml"
