@@ -34,7 +34,7 @@ PAGE = Path(__file__).parents[1] / "x2l" / "serve" / "page"
 SHOTS = Path(__file__).parents[1] / "artefacts" / "web"
 SPEECH = {
     "encoder": {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
-                "num_blocks": 1},
+                "num_blocks": 1, "pool_after": []},
     "interface": {"listener": {"width": 16, "num_heads": 2, "kernel": 3}, "width": 16, "depth": 1, "heads": 2},
 }  # fmt: skip
 IMAGE = {
