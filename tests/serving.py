@@ -72,6 +72,14 @@ def running(assistant: Assistant, engine: EngineConfig | None = None, seconds: f
         pool.close()
 
 
+def is_idle(engine: Engine, seconds: float = 10.0) -> bool:
+    """Whether nothing is left in the engine, a turn or so after the last answer was read."""
+    end = time.monotonic() + seconds
+    while engine.load != (0, 0) and time.monotonic() < end:
+        time.sleep(0.005)
+    return engine.load == (0, 0)
+
+
 def data_url(blob: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(blob).decode()}"
 

@@ -13,6 +13,7 @@ import torch
 from conftest import picture, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serving import is_idle
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -64,7 +65,7 @@ def test_concurrent_mixed_answers_equal_single_ones(model: Assistant, engine: En
     assert ["".join(answer) for answer in answers] == [alone(model, m, n) for m, n in zip(MIXED, lengths, strict=True)]
     assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
     assert engine.stats.steps < sum(lengths)  # they were decoded together
-    assert engine.load == (0, 0)
+    assert is_idle(engine)
 
 
 def test_turns_reuse_states_and_change_nothing(model: Assistant, engine: Engine) -> None:
@@ -122,7 +123,7 @@ def test_stop_strings_end_the_answer(model: Assistant, engine: Engine) -> None:
 def test_what_cannot_be_answered_is_refused(engine: Engine, messages: list[Message], decode: Decode, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine.submit(messages, decode)
-    assert engine.load == (0, 0)
+    assert is_idle(engine)
 
 
 def test_media_that_exceed_the_context_are_refused_before_the_llm_runs(engine: Engine) -> None:
@@ -141,7 +142,7 @@ def test_cancelling_stops_the_computing(engine: Engine) -> None:
     list(long)
     assert long.finish_reason in ("cancelled", "stop")
     assert engine.stats.steps <= before + 2
-    assert engine.load == (0, 0)
+    assert is_idle(engine)
 
 
 def test_a_full_queue_refuses_and_recovers(model: Assistant) -> None:
@@ -204,7 +205,7 @@ def test_an_exception_costs_its_answers_only(engine: Engine, monkeypatch: pytest
     assert engine.stats.errors == 1
     assert engine.alive
     assert list(engine.submit([user("a")], Decode(5)))
-    assert engine.load == (0, 0)
+    assert is_idle(engine)
 
 
 def test_a_dead_engine_says_so(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import soundfile
 from conftest import picture, tiny_model
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
-from serving import BOUNDS, KEY, Running, check_error, data_url, image_part, raw_http, rss, running
+from serving import BOUNDS, KEY, Running, check_error, data_url, image_part, is_idle, raw_http, rss, running
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -80,7 +80,7 @@ def server(up: Running, internal: int) -> Iterator[Running]:
     assert up.http.get("/health").status_code == 200
     assert rss() - before <= 256 * MIB
     assert _Internal.hits == []
-    assert up.engine.load == (0, 0)
+    assert is_idle(up.engine)
 
 
 def refused(answer: httpx.Response, status: int = 400) -> str:
