@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -128,7 +129,7 @@ def run(
         raise ValueError("--origin * would let every web page use this server: name the origins")
     engine_config = EngineConfig(max_batch=max_batch)
     limits = Limits(max_requests=max_batch + engine_config.max_queue)
-    bounds = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
+    bounds: dict[str, dict[str, Any]] = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
     pool = DecoderPool(seconds=limits.decode_seconds, bounds=bounds)
     try:
         engine = Engine(Assistant.load(model), engine_config, pool)

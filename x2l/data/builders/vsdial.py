@@ -159,7 +159,7 @@ def _samples(source: Source, spoken: Source, places: dict[str, int], asked: list
 def _fields(asked: Asked, photo: Record, utterance: Record, image: str) -> dict[str, Any]:
     (sound,) = utterance.media
     parts = [{"type": "image", "key": image}, {"type": "speech", "key": sound}]
-    known = {name: photo.fields[name] for name in ("source", "licence") if name in photo.fields}
+    known: dict[str, Any] = {name: photo.fields[name] for name in ("source", "licence") if name in photo.fields}
     return {
         "id": asked.key,
         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": asked.answer}],

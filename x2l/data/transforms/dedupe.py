@@ -38,7 +38,7 @@ class Dedupe:
         self.earlier, self.by, self.distance, self.threshold = earlier, by, distance, threshold
 
     def settings(self) -> dict[str, Any]:
-        how = {"image": {"distance": self.distance}, "near-text": {"threshold": self.threshold}}
+        how: dict[str, dict[str, Any]] = {"image": {"distance": self.distance}, "near-text": {"threshold": self.threshold}}
         return {"by": self.by, **how.get(self.by, {})}
 
     def __call__(self, rows: Sequence[Record]) -> Done:

@@ -40,7 +40,8 @@ def on_ray(work: Work, todo: list[int], workers: int) -> Iterator[Finished]:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"number": number} for number in todo], override_num_blocks=len(todo))
-    results = rows.map(_Worker, fn_constructor_args=(work,), concurrency=workers)
+    worker: Any = _Worker  # ray makes one of each actor and calls it
+    results = rows.map(worker, fn_constructor_args=(work,), concurrency=workers)
     for row in results.iter_rows():
         skipped, counts = json.loads(row["notes"])
         yield Finished(row["number"], row["kept"], [Skipped(*each) for each in skipped], counts, row["members"])
