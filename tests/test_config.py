@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from x2l.config import digest, load_model_config, load_train_config, shipped
+from x2l.config import ModelConfig, digest, load_model_config, load_train_config, shipped
 
 
 def test_overrides_reach_nested_keys_and_list_items() -> None:
@@ -42,6 +42,14 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("- a\n")
     with pytest.raises(ValueError, match="a recipe is a mapping, not list"):
         load_model_config(str(tmp_path / "r.yaml"))
+
+
+def test_a_new_option_at_its_default_keeps_the_digest() -> None:
+    class Later(ModelConfig):
+        colour: str = "none"
+
+    now = load_model_config("tiny")
+    assert digest(Later(**now.model_dump())) == digest(now) != digest(Later(**now.model_dump(), colour="red"))
 
 
 def test_the_digest_is_of_content() -> None:

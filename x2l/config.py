@@ -147,8 +147,9 @@ def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def digest(config: BaseModel, exclude: set[str] | None = None) -> str:
-    """sha256 of a config's canonical JSON."""
-    return hashlib.sha256(json.dumps(config.model_dump(exclude=exclude), sort_keys=True).encode()).hexdigest()
+    """sha256 of what a config changes of the defaults, as canonical JSON; a version with a new option keeps it, and so resumes."""
+    changed = config.model_dump(exclude=exclude, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
 
 
 def shipped(folder: str = ".") -> list[str]:
