@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from x2l import endpoint
 from x2l.eval import judge as judging
 from x2l.eval import llava_bench as bench
 from x2l.eval import records
@@ -310,11 +311,12 @@ def test_missing_answers(tmp_path):
 
 
 def test_endpoint_waits_as_told_and_hides_its_key(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("X2L_JUDGE_KEY", KEY)
     waits = []
-    monkeypatch.setattr(judging.time, "sleep", waits.append)
+    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
     replies = [(429, {"Retry-After": "7"}, {}), (503, {}, {}), (200, {}, completion("8 9"))]
     with StubServer(lambda n: replies[n - 1]) as server, caplog.at_level(logging.DEBUG):
-        chat = judging.Endpoint(server.url, "stub", KEY)
+        chat = judging.Endpoint(server.url, "stub")
         judging.judge(questions(1), answers(1, "r"), answers(1, "c"), chat, tmp_path, "paper")
     assert waits == [7.0, 2.0]
     call = server.calls[-1]
@@ -328,16 +330,17 @@ def test_endpoint_waits_as_told_and_hides_its_key(monkeypatch, caplog, tmp_path)
 
 
 def test_endpoint_refusals(monkeypatch):
-    monkeypatch.setattr(judging.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("X2L_JUDGE_KEY", KEY)
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     with StubServer(lambda n: (401, {}, {"error": f"bad key {KEY}"})) as server:
         with pytest.raises(judging.JudgeError, match="status 401") as caught:
-            judging.Endpoint(server.url, "stub", KEY).complete("s", "m", 0.2, 8)
+            judging.Endpoint(server.url, "stub").complete("s", "m", 0.2, 8)
         assert len(server.calls) == 1
         assert KEY not in str(caught.value)
     with StubServer(lambda n: (500, {}, {})) as server:
         with pytest.raises(judging.JudgeError, match="in 7 attempts"):
             judging.Endpoint(server.url, "stub").complete("s", "m", 0.2, 8)
-        assert len(server.calls) == judging.ATTEMPTS
+        assert len(server.calls) == endpoint.ATTEMPTS
         url = server.url
     with pytest.raises(judging.JudgeError, match="ConnectionError"):
         judging.Endpoint(url, "stub").complete("s", "m", 0.2, 8)
@@ -352,10 +355,10 @@ def test_endpoint_refusals(monkeypatch):
 
 
 def test_retry_after():
-    assert judging.retry_after("3.5") == 3.5
-    assert judging.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert judging.retry_after("soon") is None
-    assert judging.retry_after(None) is None
+    assert endpoint.retry_after("3.5") == 3.5
+    assert endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert endpoint.retry_after("soon") is None
+    assert endpoint.retry_after(None) is None
 
 
 def test_local_model_as_judge(tmp_path):

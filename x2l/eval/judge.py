@@ -7,17 +7,15 @@ request header and nowhere else: not into records, messages or logs.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-import requests
 from tqdm import tqdm
 
+from x2l.endpoint import ChatEndpoint, EndpointError
 from x2l.eval import llava_bench, records
 from x2l.eval.llava_bench import Question
 from x2l.types import Message, Part, Sample, user
@@ -25,7 +23,6 @@ from x2l.types import Message, Part, Sample, user
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 TEMPERATURE, MAX_TOKENS = 0.2, 1024  # LLaVA's
 DECODE = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
-ATTEMPTS, LONGEST_WAIT = 7, 120.0
 Row = dict[str, Any]
 
 
@@ -45,11 +42,10 @@ class Chat(Protocol):
 
 
 class Endpoint:
-    """A chat-completions endpoint; waits as told on 429 and 503, and tries again when the network fails."""
+    """A chat-completions endpoint as a judge; the client is `x2l.endpoint.ChatEndpoint`."""
 
-    def __init__(self, url: str, model: str, key: str | None = None, timeout: float = 300.0):
-        self.url, self.name, self.timeout = url.rstrip("/") + "/chat/completions", model, timeout
-        self._key = key
+    def __init__(self, url: str, model: str, timeout: float = 300.0):
+        self.name, self._chat = model, ChatEndpoint(url, model, "X2L_JUDGE_KEY", timeout)
 
     @classmethod
     def from_env(cls) -> Endpoint:
@@ -61,61 +57,19 @@ class Endpoint:
         missing = [name for name in ("X2L_JUDGE_URL", "X2L_JUDGE_MODEL") if not os.environ.get(name)]
         if missing:
             raise JudgeError(f"no judge: set {' and '.join(missing)} (and X2L_JUDGE_KEY, if it asks for a key)")
-        return cls(os.environ["X2L_JUDGE_URL"], os.environ["X2L_JUDGE_MODEL"], os.environ.get("X2L_JUDGE_KEY"))
+        return cls(os.environ["X2L_JUDGE_URL"], os.environ["X2L_JUDGE_MODEL"])
 
     def complete(self, system: str, message: str, temperature: float, max_tokens: int) -> str:
         """The text of the first choice.
 
         Raises:
-            JudgeError: refused, not understood, or no answer after all attempts.
+            JudgeError: refused, or no answer after all attempts.
         """
         turns = [{"role": "system", "content": system}, {"role": "user", "content": message}]
-        body = {"model": self.name, "messages": turns, "temperature": temperature, "max_tokens": max_tokens}
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            wait = min(2.0**attempt, LONGEST_WAIT)
-            try:
-                response = self._post(body)
-            except (requests.ConnectionError, requests.Timeout) as error:
-                problem = type(error).__name__
-            else:
-                if response.ok:
-                    return self._content(response)
-                problem = f"status {response.status_code}: {self._redacted(response.text[:300])}"
-                if response.status_code not in (408, 429) and response.status_code < 500:
-                    raise JudgeError(f"the judge refused: {problem}")
-                wait = min(retry_after(response.headers.get("Retry-After")) or wait, LONGEST_WAIT)
-            if attempt + 1 < ATTEMPTS:
-                time.sleep(wait)
-        raise JudgeError(f"no answer from the judge in {ATTEMPTS} attempts, the last: {problem}")
-
-    def _post(self, body: Row) -> requests.Response:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return requests.post(self.url, json=body, headers=headers, timeout=self.timeout, allow_redirects=False)
-
-    def _content(self, response: requests.Response) -> str:
         try:
-            return str(response.json()["choices"][0]["message"]["content"] or "")
-        except (ValueError, LookupError, TypeError) as error:
-            shown = self._redacted(response.text[:300])
-            raise JudgeError(f"the judge's answer is not a chat completion: {shown!r}") from error
-
-    def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (a number or a date), or None."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+            return self._chat.complete(turns, temperature=temperature, max_tokens=max_tokens).text
+        except EndpointError as error:
+            raise JudgeError(f"the judge: {error}") from error
 
 
 class LocalChat:
