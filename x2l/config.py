@@ -109,9 +109,7 @@ class TrainConfig(Strict):
     clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
-    views: int = (
-        1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored and cropped, or other speeds and noise
-    )
+    views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored, cropped, faster, in noise, ...
     save_every: int = 200
     val_every: int = 200
     val_batches: int = 8
@@ -147,7 +145,10 @@ def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def digest(config: BaseModel, exclude: set[str] | None = None) -> str:
-    """sha256 of what a config changes of the defaults, as canonical JSON; a version with a new option keeps it, and so resumes."""
+    """sha256 of what a config changes of the defaults, as canonical JSON.
+
+    A new option at its default keeps the digest, so that older runs resume; a default that changes must take a new name.
+    """
     changed = config.model_dump(exclude=exclude, exclude_defaults=True)
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
 

@@ -6,21 +6,20 @@ in the forward pass, block by block, so that no more than ``BLOCK`` logits exist
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 2**23  # logits at a time
 
 
-def head_loss(head: Callable[[Tensor], Tensor], hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+def head_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
     """Summed cross-entropy of ``head(hidden)`` against ``labels``; ``head`` is frozen and gets no gradient.
 
     Args:
-        head: (T, D) -> logits (T, V), each row by itself.
+        head: (T, D) -> logits (T, V), each row by itself; the first dimension of its ``weight`` is V.
         hidden_TD: hidden states at the predicting positions.
         labels_T: token ids.
     """

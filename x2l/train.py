@@ -133,7 +133,7 @@ def train(cfg: TrainConfig) -> Path:
 
 
 def give_back_memory() -> None:
-    """Return freed pages to the system: batches of ever new sizes fragment glibc's heap, by 10 MB a step in tiny/stage2_image."""
+    """Return freed pages to the system: batches of ever new sizes fragment glibc's heap (dev/LOG.md)."""
     with contextlib.suppress(OSError, AttributeError):  # other C libraries
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""Spoken questions: synthetic speech (flite, a Debian package) of questions drawn from a small grammar.
+"""Spoken questions: synthetic speech (flite) of questions drawn from a small grammar.
 
 Synthetic speech is for training and for asking; no error rate is ever measured on it together with real speech.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from x2l.data.prompts import instructions
-from x2l.data.sources import DataError, Record
+from x2l.data.sources import Record
+from x2l.data.transforms.speak import levelled, to_flac
+from x2l.data.transforms.tts import synthesizer
 
 VOICES = ("awb", "kal", "rms")
 HELD_OUT_VOICE = "slt"  # never trained on: it asks the held-out questions
@@ -41,22 +39,6 @@ def questions(num: int, seed: int = 0, lang: str = "en") -> list[str]:
     raise ValueError(f"the grammar gave {len(found)} different questions, {num} were asked for")
 
 
-def speak(text: str, voice: str) -> bytes:
-    """A WAV file of ``text`` by a voice of flite.
-
-    Raises:
-        DataError: flite is not installed, or it failed.
-    """
-    if shutil.which("flite") is None:
-        raise DataError("synthetic speech needs flite: apt install flite")
-    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        done = subprocess.run(["flite", "-voice", voice, "-t", text, "-o", file.name], capture_output=True, text=True)
-        blob = Path(file.name).read_bytes()
-    if done.returncode or len(blob) <= 44:
-        raise DataError(f"flite made no sound of {text!r} with the voice {voice!r}: {done.stderr.strip()}")
-    return blob
-
-
 def first_sentence(answer: str) -> str:
     """An answer cut after its first sentence; "" where it holds no whole sentence."""
     found = re.match(r".+?[.!?](?=\s|$)", answer.strip(), re.DOTALL)
@@ -68,15 +50,20 @@ def spoken_questions(texts: Sequence[str], voices: Sequence[str], answers: Seque
 
     As samples (task ``messages``) they teach that a spoken question is answered like a typed one; as transcripts (task
     ``asr``) they are plain speech. With ``answers``, questions whose answer is empty are left out.
+
+    Raises:
+        DataError: flite is not installed, or lacks a voice; the message names it.
     """
-    records = []
+    flite, records = synthesizer("flite"), []
+    for voice in voices:
+        flite.check(voice)
     for i, text in enumerate(texts):
         if answers is not None and not answers[i]:
             continue
         voice = voices[i % len(voices)]
         fields: dict[str, Any] = {"text": text, "lang": "en", "spk": voice}
         if answers is not None:
-            question = {"role": "user", "content": [{"type": "speech", "key": "wav"}]}
+            question = {"role": "user", "content": [{"type": "speech", "key": "flac"}]}
             fields["messages"] = [question, {"role": "assistant", "content": answers[i]}]
-        records.append(Record(f"question-{i:05}", fields, {"wav": speak(text, voice)}))
+        records.append(Record(f"question-{i:05}", fields, {"flac": to_flac(levelled(*flite.speak(text, voice, speed=1.0)))}))
     return records

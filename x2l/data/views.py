@@ -27,12 +27,12 @@ def image_view(blob: bytes, view: int) -> Any:
     """
     picture = decode_image(blob)
     if view >= 2:
-        rng = random.Random(hashlib.sha256(blob).digest() + bytes([view]))
+        rng = random.Random(f"{hashlib.sha256(blob).hexdigest()}/{view}")
         stretch = rng.uniform(0.8, 1.25) ** 0.5
         side = rng.uniform(*CROP_AREA) ** 0.5
         width, height = (round(edge * min(1.0, side * by)) for edge, by in zip(picture.size, (stretch, 1 / stretch), strict=True))
         left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
-        picture = picture.crop((left, top, left + max(1, width), top + max(1, height)))
+        picture = picture.crop((left, top, left + width, top + height))
     return ImageOps.mirror(picture) if view % 2 else picture
 
 

@@ -103,7 +103,8 @@ class QFormer(nn.Module):
         max_text: longest text, in tokens.
         dropout: in attention, residuals and on the queries.
         drop_features: share of the encoder's features that an item loses at random in each training step (PatchDropout,
-            arXiv 2208.07220); on a few thousand pictures the Q-Former learns them by heart without it (dev/LOG.md).
+            arXiv 2208.07220), against learning a few thousand pictures by heart; the last decay of the rate undid its gain
+            on Flickr8k (dev/LOG.md).
         pre_norm: norm before each sublayer, and Xavier weights. From scratch on little data this learns where the
             published post-norm makes all queries alike (dev/LOG.md); BLIP-2's weights are post-norm.
     """
