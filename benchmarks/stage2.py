@@ -46,9 +46,8 @@ def main(data_root: str, repeats: int = 4) -> None:
 
     rounds = [(plain(), step()) for _ in range(repeats + 1)][1:]  # the first round warms up
     (before, loss), (after, same) = (min(times) for times in zip(*rounds, strict=True))
-    print(
-        f"{len(batch.input_ids)} photos: {before:.2f} s plain, {after:.2f} s, {1 - after / before:.0%} less; loss {loss:.2f}, {same:.2f}"
-    )
+    print(f"{len(batch.input_ids)} photos: {before:.2f} s plain, {after:.2f} s, {1 - after / before:.0%} less")
+    print(f"loss {loss:.2f} and {same:.2f}")
 
 
 if __name__ == "__main__":
