@@ -29,7 +29,7 @@ from x2l import checkpoint, optim
 from x2l.build import default_device
 from x2l.config import TrainConfig, digest
 from x2l.data.feed import Feed, open_feed
-from x2l.stages import STAGES, Stage
+from x2l.stages import STAGES, Stage, compute_dtype
 from x2l.types import Output, RunError
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ def train(cfg: TrainConfig) -> Path:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         torch.manual_seed(cfg.seed)
+        if cfg.precision == "bf16" and compute_dtype(cfg) != torch.bfloat16:
+            log.warning("this processor has no bfloat16 arithmetic: the run computes in float32")
         stage = STAGES[cfg.stage](cfg)
         model = stage.model.to(default_device())
         rates = optim.select(model, cfg.trainable)
@@ -139,9 +141,9 @@ def give_back_memory() -> None:
 
 
 def forward(cfg: TrainConfig, model: nn.Module, batch: Any) -> Output:
-    """The model's output, under bfloat16 autocast where the recipe asks for it."""
+    """The model's output, under bfloat16 autocast where the recipe asks for it and the device multiplies in it."""
     device = next(model.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=cfg.precision == "bf16"):
+    with torch.autocast(device, torch.bfloat16, enabled=compute_dtype(cfg) == torch.bfloat16):
         output: Output = model(batch)
     return output
 
