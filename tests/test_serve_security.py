@@ -35,6 +35,7 @@ from x2l.serve.answer import RequestError
 from x2l.serve.decoders import DecoderPool
 from x2l.serve.fetch import Fetcher, is_public
 from x2l.serve.limits import Limits
+from x2l.serve.server import allowed_hosts
 
 MIB = 1 << 20
 ORIGIN = "https://good.example"
@@ -477,6 +478,42 @@ def test_foreign_origins_get_nothing(server: Running) -> None:
     assert "access-control-allow-credentials" not in known.headers
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in httpx.options(f"{server.url}/v1/models", headers=asked, timeout=600).headers
+
+
+@pytest.fixture(scope="module")
+def keyless(llm_folder: Path) -> Iterator[Running]:
+    model = Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder))))
+    with running(model, api_keys=[], hosts=allowed_hosts([], ["chat.example"]), origins=(ORIGIN,)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1:{port}", "localhost", "[::1]:{port}", "chat.example", "Chat.Example:443"])
+def test_a_server_without_keys_answers_to_its_own_names(keyless: Running, name: str) -> None:
+    name = name.format(port=keyless.port)
+    for more in ({}, {"Origin": f"http://{name}"}, {"Origin": ORIGIN}):
+        assert keyless.http.get("/v1/models", headers={"Host": name, **more}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/v1/chat/completions", "/"])
+@pytest.mark.parametrize(
+    "name", ["evil.example", "127.0.0.1.evil.example", "evil.example:8000", "127.0.0.1@evil.example", "127.0.0.1:8000:1", "", "x y"]
+)
+def test_a_name_that_was_made_to_point_here_is_refused(keyless: Running, path: str, name: str) -> None:
+    answer = keyless.http.request("POST" if "chat" in path else "GET", path, headers={"Host": name})
+    assert "--allow-host" in refused(answer, 421)
+
+
+def test_pages_of_other_origins_are_refused_without_keys(keyless: Running) -> None:
+    for origin in ("https://evil.example", "null", f"http://127.0.0.1:{keyless.port + 1}", f"http://localhost:{keyless.port}"):
+        assert "--origin" in refused(keyless.http.get("/v1/models", headers={"Origin": origin}), 403)
+
+
+def test_names_are_checked_at_the_start() -> None:
+    assert allowed_hosts([KEY], []) == []
+    assert allowed_hosts([KEY], ["chat.example"])[-1] == "chat.example"
+    for wrong in ("*", "https://chat.example", "chat.example:443", ""):
+        with pytest.raises(ValueError, match="no host name"):
+            allowed_hosts([], [wrong])
 
 
 def test_control_characters_are_escaped(server: Running, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,10 @@ app.add_typer(data_app, name="data")
 console = Console()
 
 Model = Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")]
+AllowHost = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="name under which others may ask for this server; without keys only this machine's own names are answered"),
+]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
 
 
@@ -143,6 +147,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen at; others than this machine's own need API keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
+    allow_host: AllowHost = None,
     origin: Annotated[Optional[list[str]], typer.Option(help="web origin that may use the API; may be repeated")] = None,  # noqa: UP045
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="fetch media from public http(s) URLs")] = False,
     max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
@@ -161,7 +166,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
 
-    run(model, host, port, api_keys, tuple(origin or ()), allow_remote, max_batch, grace)
+    run(model, host, port, api_keys, tuple(allow_host or ()), tuple(origin or ()), allow_remote, max_batch, grace)
 
 
 @app.command()
@@ -170,6 +175,7 @@ def web(
     host: Annotated[str, typer.Option(help="address to listen at; others than this machine's own need API keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
+    allow_host: AllowHost = None,
 ) -> None:
     """Chat with a model in the browser: photos, videos and sound, as far as it reads them (docs/serve.md).
 
@@ -185,7 +191,7 @@ def web(
         raise RunError(f"x2l web needs {error.name}: pip install 'x2l[web]'") from error
 
     console.print(f"loading {model}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)", highlight=False)
-    run(model, host, port, api_keys, page=True)
+    run(model, host, port, api_keys, tuple(allow_host or ()), page=True)
 
 
 @app.command()

@@ -46,12 +46,15 @@ class ServerConfig:
     Attributes:
         model: the name under which clients ask for the model.
         api_keys: one of which a request must bear; none lets everybody in.
+        hosts: names under which the server may be asked for; none = any. Without keys, a web page could else reach it
+            through a name that it lets point here.
         origins: web origins that may read responses (CORS).
         allow_remote: whether media may be given by http(s) URLs.
     """
 
     model: str = "x2l"
     api_keys: Sequence[str] = ()
+    hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
     allow_remote: bool = False
     limits: Limits = field(default_factory=Limits)
@@ -119,7 +122,7 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: Deco
         metrics.seconds.labels(route).observe(seconds)
         log.info("%s %s %d %.3f s %s", method if method.isalpha() else "?", route, status, seconds, request_id)
 
-    gate = Gate(app, config.limits, config.api_keys, observe)
+    gate = Gate(app, config.limits, config.api_keys, config.hosts, config.origins, observe)
     _add_status(app, gate, engine, pool, metrics)
     _add_models(app, engine, config)
     _add_chat(app, engine, config, metrics)

@@ -18,6 +18,8 @@ from x2l.serve.errors import error_body
 Scope = dict[str, Any]
 Message = dict[str, Any]
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+HOST_NAME = r"[a-z0-9._-]+|\[[0-9a-f:.]+\]"
+HOST = re.compile(rf"({HOST_NAME})(?::\d{{1,5}})?")  # the header
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Gate:
         app: what lies behind it.
         limits: its bounds.
         keys: API keys, one of which a request must bear; none = everybody is let in.
+        hosts: names under which the server may be asked for; none = any.
+        origins: of other sites' pages that may use a server that checks its hosts.
         observe: called with (method, path, status, seconds, request id) after each response.
     """
 
@@ -59,9 +63,12 @@ class Gate:
         app: Any,
         limits: Limits,
         keys: Sequence[str],
+        hosts: Sequence[str] = (),
+        origins: Sequence[str] = (),
         observe: Callable[[str, str, int, float, str], None] = lambda *_: None,
     ):
         self.app, self.limits, self.observe = app, limits, observe
+        self._hosts, self._origins = {host.lower() for host in hosts}, {origin.lower() for origin in origins}
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self.requests = self.body_bytes = 0
         self.draining = False
@@ -92,6 +99,8 @@ class Gate:
             self.observe(scope.get("method", "WS"), scope["path"], status, time.perf_counter() - start, request_id)
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Any, send: Any) -> None:
+        if self._hosts:
+            self._check_sender(headers)
         preflight = scope["type"] == "http" and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         if scope["path"] not in self.open_paths and not preflight:  # a browser's preflight bears no key and reaches no route
             scope["state"]["owner"] = self._owner(headers)
@@ -111,6 +120,16 @@ class Gate:
         finally:
             self.requests -= 1
             self.body_bytes -= size
+
+    def _check_sender(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse web pages that reach this machine through a name of their own (DNS rebinding) or from another origin."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if not (match := HOST.fullmatch(host)) or match[1] not in self._hosts:
+            name = json.dumps(host[:80])
+            raise Refused(421, f"this server is not called {name}: use {min(self._hosts)}, or start it with --allow-host NAME")
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and origin.partition("://")[2] != host and origin not in self._origins:
+            raise Refused(403, f"pages of {json.dumps(origin[:80])} may not use this server: start it with --origin ORIGIN")
 
     def _owner(self, headers: dict[bytes, bytes]) -> str:
         """Who asks, by the digest of the key; every key is compared, in constant time."""

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,11 +21,12 @@ from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.decoders import DecoderPool
 from x2l.serve.engine import Engine, EngineConfig
 from x2l.serve.errors import error_body
-from x2l.serve.limits import Gate, Limits
+from x2l.serve.limits import HOST_NAME, Gate, Limits
 
 log = logging.getLogger(__name__)
 HEADER_SECONDS = 20.0  # from the connection to the first complete request head
 MAX_HEAD_BYTES = 32 << 10
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class Protocol(H11Protocol):
@@ -106,11 +109,26 @@ def read_keys(path: Path | None) -> list[str]:
     return keys
 
 
+def allowed_hosts(keys: Sequence[str], hosts: Sequence[str]) -> list[str]:
+    """Names under which the server may be asked for; any (none) where requests bear keys and no name is given.
+
+    Raises:
+        ValueError: what is given is no host name.
+    """
+    if keys and not hosts:
+        return []
+    wrong = next((name for name in hosts if not re.fullmatch(HOST_NAME, name.lower())), None)
+    if wrong is not None:
+        raise ValueError(f"--allow-host {wrong!r} is no host name: write it as in example.org, without scheme, port or *")
+    return ["127.0.0.1", "localhost", "[::1]", *hosts]
+
+
 def run(
     model: str,
     host: str = "127.0.0.1",
     port: int = 8000,
     keys_file: Path | None = None,
+    hosts: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
     allow_remote: bool = False,
     max_batch: int = 8,
@@ -123,7 +141,7 @@ def run(
         ValueError: a public address without API keys, ``*`` among the origins, or a model that cannot be loaded.
     """
     keys = read_keys(keys_file)
-    if not keys and host not in ("127.0.0.1", "::1", "localhost"):
+    if not keys and host not in LOCAL:
         raise ValueError(f"--host {host} is open to others: set X2L_API_KEYS or --api-keys FILE, or use --host 127.0.0.1")
     if "*" in origins:
         raise ValueError("--origin * would let every web page use this server: name the origins")
@@ -134,7 +152,7 @@ def run(
     try:
         engine = Engine(Assistant.load(model), engine_config, pool)
         name = Path(model).stem if model.endswith((".yaml", ".yml")) else model
-        config = ServerConfig(name, keys, origins, allow_remote, limits)
+        config = ServerConfig(name, keys, allowed_hosts(keys, hosts), origins, allow_remote, limits)
         gate = create_app(engine, config, pool)
         if page:
             from x2l.serve.web import add_page  # a leaf that may be deleted
