@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import yaml
 
 from x2l.assistant import Assistant
 from x2l.serve.app import ServerConfig, create_app
@@ -74,6 +77,36 @@ def running(assistant: Assistant, engine: EngineConfig | None = None, seconds: f
         pool.close()
 
 
+@contextlib.contextmanager
+def served(recipe: dict[str, Any], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A model recipe served by a process of its own, as ``mine``, with one key: the process, and its port."""
+    path, log = folder / "mine.yaml", folder / "log"
+    path.write_text(yaml.safe_dump(recipe))
+    code = (
+        "import sys, logging; sys.path.insert(0, 'tests'); logging.basicConfig(level='INFO')\n"
+        "import conftest\n"
+        "from x2l.serve import server\n"
+        f"server.run({str(path)!r}, port=0)\n"
+    )
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"X2L_API_KEYS": KEY}, stderr=out, cwd=ROOT)
+    try:
+        yield process, _port(log, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _port(log: Path, process: subprocess.Popen[bytes]) -> int:
+    for _ in range(3000):
+        text = log.read_text()
+        if "running on http://127.0.0.1:" in text:
+            return int(text.split("running on http://127.0.0.1:")[1].split()[0])
+        assert process.poll() is None, text
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
 def is_idle(engine: Engine, seconds: float = 10.0) -> bool:
     """Whether nothing is left in the engine, a turn or so after the last answer was read."""
     end = time.monotonic() + seconds
@@ -106,9 +139,9 @@ def raw_http(port: int, request: bytes) -> tuple[int, bytes]:
     return (int(received.split(b" ", 2)[1]), received.partition(b"\r\n\r\n")[2]) if received else (0, b"")
 
 
-def rss() -> int:
-    """Resident bytes of this process."""
-    with open("/proc/self/statm") as file:
+def rss(pid: int | str = "self") -> int:
+    """Resident bytes of a process."""
+    with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

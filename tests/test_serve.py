@@ -23,9 +23,8 @@ import openai
 import pytest
 import soundfile
 import torch
-import yaml
 from conftest import picture, tiny_model
-from serving import KEY, Running, data_url, image_part, running
+from serving import KEY, Running, data_url, image_part, rss, running, served
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -311,21 +310,7 @@ def test_too_many_get_429_while_health_answers(model: Assistant) -> None:
 
 @pytest.mark.slow
 def test_sigterm_drains_and_leaves_no_orphans(llm_folder: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_model(llm_folder)))
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import conftest, uvicorn\n"
-        "from x2l.serve import server\n"
-        f"server.run({str(recipe)!r}, port=0)\n"
-    )
-    env = os.environ | {"X2L_API_KEYS": KEY, "X2L_LOG": "INFO"}
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        code = "import logging; logging.basicConfig(level='INFO')\n" + code
-        process = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=out, cwd=Path(__file__).parents[1])
-    try:
-        port = _port(log, process)
+    with served(tiny_model(llm_folder), tmp_path) as (process, port):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=600)
         stream = iter(client.chat.completions.create(
             model="mine", messages=[{"role": "user", "content": "long"}], max_tokens=400, temperature=0, stream=True))  # fmt: skip
@@ -336,18 +321,33 @@ def test_sigterm_drains_and_leaves_no_orphans(llm_folder: Path, tmp_path: Path) 
         assert process.wait(timeout=60) == 0
         assert children
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    finally:
-        process.kill()
 
 
-def _port(log: Path, process: subprocess.Popen[bytes]) -> int:
-    for _ in range(3000):
-        text = log.read_text()
-        if "running on http://127.0.0.1:" in text:
-            return int(text.split("running on http://127.0.0.1:")[1].split()[0])
-        assert process.poll() is None, text
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+@pytest.mark.slow
+def test_five_hundred_at_once(llm_folder: Path, tmp_path: Path) -> None:
+    """What is over the bounds is told when to come again, what is accepted is answered, and /health answers all the while."""
+    with served(tiny_model(llm_folder), tmp_path) as (process, port):
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=600) as http:
+            body = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+            before = rss(process.pid)
+            script = Path(__file__).parents[1] / "benchmarks" / "flood.py"
+            done = subprocess.run([sys.executable, script, url, KEY, "500"], capture_output=True, check=True, timeout=280)
+            told = json.loads(done.stdout)
+            print(told)
+            assert told["statuses"].keys() <= {"200", "429", "503"}
+            assert told["statuses"]["200"] >= 72  # what fits into batch and queue
+            assert told["statuses"]["429"] > 0
+            assert told["not_as_promised"] == 0
+            assert told["health_ms"]["not_200"] == 0
+            assert told["health_ms"]["p99"] < 1000
+            assert process.poll() is None
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+            assert http.get("/ready").status_code == 200
+            assert rss(process.pid) - before <= 256 << 20
+            refused = 'x2l_http_responses_total{route="/v1/chat/completions",status="429"} '
+            assert f"{refused}{told['statuses']['429']}.0" in http.get("/metrics").text
 
 
 def test_what_is_open_to_others_needs_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
