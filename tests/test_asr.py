@@ -193,7 +193,8 @@ def test_recognizer_cuts_long_audio_and_keeps_time() -> None:
 class Words:
     """A tokenizer of a few words, in the manner of Hugging Face's."""
 
-    texts = (" a", " cat", "s", " Dog", " it", "'s", " é")
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts or (" a", " cat", "s", " Dog", " it", "'s", " é")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -223,6 +224,12 @@ def test_vocabulary_keeps_the_llms_tokens_and_spells_them() -> None:
     for wrong in ("a é", "..."):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             vocabulary.encode(Words(), wrong)
+
+
+def test_han_characters_are_tokens_by_themselves() -> None:
+    tokenizer = Words("你", "好", " a", "了", "您")
+    vocabulary = Vocabulary.of(tokenizer, r"[\u4e00-\u9fff]| [a-z]+")
+    assert vocabulary.encode(tokenizer, "你好，A 好了") == [0, 1, 2, 1, 3]
 
 
 def test_matching_learns_the_llms_own_embeddings() -> None:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from x2l.asr import CIFASR
 from x2l.encoders.moonshine import RATE, windows
 
+HAN = "\u4e00-\u9fff"
+SPOKEN = re.compile(rf"[{HAN}]|[^\s{HAN}][^{HAN}]*")  # one Han character, or words between them
+
 
 def spoken_form(text: str) -> str:
     """A transcript as it is spoken: lower case, letters and apostrophes alone, words apart by one space."""
@@ -54,15 +57,16 @@ class Vocabulary:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def encode(self, tokenizer: Any, text: str) -> list[int]:
-        """The tokens of a transcript in `spoken_form`, each word after a space.
+        """The tokens of a transcript in `spoken_form`: each word after a space, each Han character by itself.
 
         Raises:
             ValueError: the transcript is empty, or holds a token outside the vocabulary; the message names it.
         """
-        spoken, index = spoken_form(text), self._index
-        ids = tokenizer(f" {spoken}", add_special_tokens=False)["input_ids"] if spoken else []
+        index = self._index
+        pieces = [piece if re.match(f"[{HAN}]", piece) else f" {piece.strip()}" for piece in SPOKEN.findall(spoken_form(text))]
+        ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
         foreign = [tokenizer.decode([i]) for i in ids if i not in index]
-        if foreign or not spoken:
+        if foreign or not ids:
             raise ValueError(f"the transcript {text!r} has no tokens, or tokens outside the vocabulary: {foreign}")
         return [index[i] for i in ids]
 
