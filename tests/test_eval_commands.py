@@ -65,15 +65,59 @@ def test_strict_score_exits_non_zero(tmp_path):
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
 def test_scoreboard_runs_what_model_and_data_allow(tmp_path):
-    missing = suite.Entry("caption", "elsewhere", "nowhere/*.tar", ("image",))
+    board = [suite.load(name) for name in suite.SCOREBOARD]
+    missing = suite.Entry(task="caption", dataset="elsewhere", data="nowhere/*.tar", reads=("image",))
     runs, left_out = suite.run(
-        Says("A dog."), ["image"], DATA, tmp_path, model_info=INFO, limit=4, entries=(*suite.SCOREBOARD, missing)
+        Says("A dog."), ["image"], [tmp_path, DATA], tmp_path, info=lambda reads: INFO, limit=4, entries=[*board, missing]
     )
-    assert len(runs) == 3 + 2 + 2 + 2 + 1
-    assert sum("reads no speech" in line for line in left_out) == 3
+    assert len(runs) == 3 + 3 + 3 + 1
+    assert sum("reads no speech" in line for line in left_out) == 4
     assert sum("reads no audio" in line for line in left_out) == 1
-    assert sum("no data at" in line for line in left_out) == 1
+    assert "caption elsewhere: no nowhere/*.tar in" in left_out[-1]
+    assert sum("--lang zh does" in line for line in left_out) == 2
     assert all(tasks.score(run)["num_samples"] == 4 for run in runs)
+
+
+def test_an_entry_of_one_s_own_and_its_mistakes(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("task: qa\ndataset: mine\ndata: mine/*.jsonl\n")
+    assert suite.load(str(own)).decode == {"max_new_tokens": 48}
+    for text, message in (
+        ("tusk: qa", "tusk"),
+        ("task: q\ndataset: d", "unknown task 'q'"),
+        ("task: qa\ndataset: d\ncontrols: [x]", "'x'"),
+    ):
+        own.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            suite.load(str(own))
+    with pytest.raises(ValueError, match="no entry 'captions': use one of caption-en"):
+        suite.load("captions")
+
+
+def test_every_entry_is_listed():
+    assert {path.stem for path in suite.BOARD.glob("*.yaml")} == {*suite.SCOREBOARD}
+    assert invoke("entries").output.count("\n") == len(suite.SCOREBOARD)
+
+
+def test_equal_questions_are_asked_once(tmp_path):
+    """A grey picture and one question: one answer for all, unless answers are drawn; records are those of a run one by one."""
+    asked = [
+        Sample(f"p{i}", (user(Part("image", bytes=picture((i, 0, 0))), "What?" if i % 2 else "Who?"),), {"references": ["x"]})
+        for i in range(6)
+    ]
+
+    class Counts(Says):
+        num = 0
+
+        def generate_text(self, samples, **decode):
+            self.num += len(samples)
+            return [sample.messages[0].text for sample in samples]
+
+    for decode, expected in (({}, 2), ({"temperature": 1.0}, 6)):
+        model, folder = Counts(""), tmp_path / str(expected)
+        run = predict(model, asked, folder, task="qa", model_info=INFO, control="blank", decode=decode, batch_size=4)
+        assert model.num == expected
+        assert [row["raw"] for row in tasks.results(run)] == [sample.messages[0].text for sample in asked]
 
 
 def test_refusal(tmp_path):

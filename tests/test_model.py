@@ -93,6 +93,17 @@ def test_greedy_equals_hugging_face_generate(model: XLLM, collator: Collator) ->
     assert ours == [t for t in expected[0, batch.input_ids.shape[1] :].tolist() if t not in (0, 2)]
 
 
+def test_beams_that_share_their_prompt_equal_hugging_face_generate(model: XLLM, collator: Collator) -> None:
+    batch = collator.prompt(CONVERSATIONS)
+    spliced = model.embed(batch, pad_left=True)
+    expected = model.llm.generate(
+        inputs_embeds=spliced.embeds, attention_mask=(spliced.reach > 0).long(), max_new_tokens=12, num_beams=3, do_sample=False,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    ours = model.generate(batch, 12, 3, eos=[2])
+    assert ours == [[t for t in row.tolist() if t not in (0, 2)] for row in expected]
+
+
 def test_the_picture_changes_the_answer_s_loss(model: XLLM, collator: Collator) -> None:
     losses = [model(collator.train([Sample("s", (user(p, "What?"), assistant("A dog.")))])).loss_sum.item() for p in (A, B)]
     assert abs(losses[0] - losses[1]) > 1e-3

@@ -67,12 +67,15 @@ class Assistant:
         runs = [(key, list(run)) for key, run in groupby(ids, key=lambda i: i if i < 0 else 0)]
         return "".join(names[key] * len(run) if key else self.tokenizer.decode(run) for key, run in runs)
 
-    def info(self) -> dict[str, Any]:
-        """What identifies this model in a record: recipe hash, hashes of the trained interfaces, device and dtype."""
-        trained = {name: sha256(shipped_file(part.weights)) for name, part in self.config.modalities.items() if part.weights}
+    def info(self, reads: Sequence[str] | None = None) -> dict[str, Any]:
+        """What identifies this model in a record: recipe hash, hashes of the trained interfaces, device and dtype.
+
+        ``reads``: the modalities that answers depend on, all by default.
+        """
+        parts = {name: part for name, part in self.config.modalities.items() if reads is None or name in reads}
         return {
-            "checkpoint": digest(self.config),
-            "interfaces": trained,
+            "checkpoint": digest(self.config.model_copy(update={"modalities": parts})),
+            "interfaces": {name: sha256(shipped_file(part.weights)) for name, part in parts.items() if part.weights},
             "device": str(self.model.device),
             "dtype": str(self.model.llm.dtype),
         }

@@ -138,9 +138,18 @@ class XLLM(nn.Module):
             raise ValueError(f"beam search takes no {sorted(sampling)}; use num_beams=1")
         spliced = self.embed(batch, pad_left=True)
         check_context(self.llm, spliced.embeds.shape[1], max_new_tokens)
+        mask = (spliced.reach > 0).long()
+        prompt = self.llm.get_decoder()(  # once a row: generate would run it once a beam
+            inputs_embeds=spliced.embeds[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, :-1],
+            use_cache=True,
+        ).past_key_values
+        prompt.batch_repeat_interleave(num_beams)
         out = self.llm.generate(
             inputs_embeds=spliced.embeds,
-            attention_mask=(spliced.reach > 0).long(),
+            attention_mask=mask,
+            past_key_values=prompt,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             do_sample=False,

@@ -153,16 +153,57 @@ def compare(run_a: Path, run_b: Path) -> None:
 
 
 @app.command()
-def scoreboard(
-    data_root: Annotated[Path, typer.Argument(help="folder that holds flickr8k, speechocean762, ...")],
+def predict(
+    entry: Annotated[str, typer.Argument(help="a measurement: caption-en, pope, qa, ... (x2l eval entries), or a YAML file")],
+    data_root: Annotated[list[Path], typer.Argument(help="folders that hold flickr8k, vsdial-mini, ...")],
     model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
-    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/scoreboard"),
-    only: Annotated[Optional[list[str]], typer.Option(help="a task (caption, pope, qa, asr, ...); may be repeated")] = None,  # noqa: UP045
-    limit: Annotated[Optional[int], typer.Option(help="at most so many samples an entry")] = None,  # noqa: UP045
-    batch_size: int = 8,
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/eval"),
+    limit: Annotated[Optional[int], typer.Option(help="at most so many samples, drawn by seed")] = None,  # noqa: UP045
+    batch_size: int = 16,
     seed: int = 0,
 ) -> None:
-    """Every number of the project for one model: captions, yes/no, ASR, sounds, refusals, with controls.
+    """Store a model's answers for one measurement and its controls; x2l score reads them, and needs no model.
+
+    Example:
+
+        x2l predict pope ../shared/data && x2l score runs/eval/pope*
+    """
+    from x2l.assistant import Assistant
+    from x2l.eval import suite
+
+    chosen = suite.load(entry)
+    assistant = Assistant.load(model)
+    runs, left_out = suite.run(
+        assistant, assistant.reads, data_root, out, info=assistant.info, render=assistant.render, entries=[chosen],
+        langs=[chosen.lang], limit=limit, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    if left_out:
+        raise ValueError(left_out[0])
+    typer.echo("\n".join(map(str, runs)))
+
+
+@app.command()
+def entries() -> None:
+    """List the measurements of the scoreboard."""
+    from x2l.eval import suite
+
+    for name in suite.SCOREBOARD:
+        first = (suite.BOARD / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        typer.echo(f"{name:16} {first.lstrip('# ')}")
+
+
+@app.command()
+def scoreboard(
+    data_root: Annotated[list[Path], typer.Argument(help="folders that hold flickr8k, speechocean762, vsdial-mini, ...")],
+    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/scoreboard"),
+    only: Annotated[Optional[list[str]], typer.Option(help="an entry (caption-en, pope, ...); may be repeated")] = None,  # noqa: UP045
+    lang: Annotated[Optional[list[str]], typer.Option(help="a language that the model speaks, en if none is given")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="at most so many samples an entry, drawn by seed")] = None,  # noqa: UP045
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Every number of the project for one model: captions, yes/no, ASR, spoken questions, sounds, refusals, with controls.
 
     Example:
 
@@ -173,18 +214,17 @@ def scoreboard(
     from x2l.assistant import Assistant
     from x2l.eval import readme, report, suite
 
-    entries = [entry for entry in suite.SCOREBOARD if not only or entry.task in only]
-    if not entries:
-        raise ValueError(f"--only {only}: the scoreboard has {sorted({entry.task for entry in suite.SCOREBOARD})}")
+    names, langs = only or suite.SCOREBOARD, lang or ["en"]
+    board = [suite.load(name) for name in names]
     assistant = Assistant.load(model)
     runs, left_out = suite.run(
-        assistant, assistant.reads, data_root, out, model_info=assistant.info(), render=assistant.render, limit=limit,
-        batch_size=batch_size, seed=seed, entries=entries,
+        assistant, assistant.reads, data_root, out, info=assistant.info, render=assistant.render, entries=board, langs=langs,
+        limit=limit, batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    options = {"--model": (model, "tiny"), "--limit": (limit, None), "--batch-size": (batch_size, 8), "--seed": (seed, 0)}
-    chosen = [f" {name} {value}" for name, (value, usual) in options.items() if value != usual]
-    command = f"x2l eval scoreboard {data_root}" + "".join([f" --only {task}" for task in only or []] + chosen)
-    readme.remember(out, command, runs, left_out)
+    options = {"--model": (model, "tiny"), "--limit": (limit, None), "--batch-size": (batch_size, 16), "--seed": (seed, 0)}
+    chosen = [f"{name} {value}" for name, (value, usual) in options.items() if value != usual]
+    chosen += [f"--only {name}" for name in only or []] + [f"--lang {name}" for name in lang or []]
+    readme.remember(out, " ".join(["x2l eval scoreboard", *map(str, data_root), *chosen]), runs, left_out)
     typer.echo(readme.render(readme.collect(out)))
     typer.echo(f"page: {report.report(runs, out / 'report.html')}")
 

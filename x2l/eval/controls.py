@@ -94,6 +94,7 @@ CONTROLS: dict[str, Callable[..., list[Sample]]] = {
     "wrong-sound": wrong_sound,
     "silence": silence,
     "wrong-video": partial(wrong_image, modality="video"),
+    "wrong-speech": partial(wrong_image, modality="speech"),
 }
 
 

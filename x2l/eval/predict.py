@@ -34,6 +34,7 @@ class Generator(Protocol):
 
 Read = Callable[[Part], bytes]
 Render = Callable[[Sample], str]
+Asked = tuple[Sample, dict[str, Any]]  # a question, and its row of the plan
 
 
 def prompt_of(sample: Sample) -> str:
@@ -74,7 +75,8 @@ def predict(
     """Answer every sample that has no record yet, and return the run directory.
 
     A record is reused only if the sample's request hash (prompt, media, decoding, seed, checkpoint) is unchanged; ids
-    decide, never line numbers. Killing the process loses at most the batch in flight.
+    decide, never line numbers. Killing the process loses at most the batch in flight. Samples that ask the same in every
+    byte (a grey picture and one question) are answered once where decoding draws nothing.
 
     Args:
         task: a name of :data:`x2l.eval.tasks.TASKS`.
@@ -104,21 +106,31 @@ def predict(
     _claim(out_dir, identity, plan, batch_size)
     done = {row["request_sha256"] for row in records.read(out_dir / "records.jsonl")}
     todo = [(sample, row) for sample, row in zip(asked, plan, strict=True) if row["request_sha256"] not in done]
+    groups = [[each] for each in todo] if decode.get("temperature") else _same(todo)
     with tqdm(total=len(plan), initial=len(plan) - len(todo), desc=f"{task} {control or ''}".strip()) as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            answers = model.generate_text([sample for sample, _ in batch], **decode)
+        for start in range(0, len(groups), batch_size):
+            batch = groups[start : start + batch_size]
+            answers = model.generate_text([group[0][0] for group in batch], **decode)
             if len(answers) != len(batch):
                 raise ValueError(f"the model gave {len(answers)} answers to {len(batch)} samples")
             rows = [
                 {**row, "decode": decode, "seed": seed, "raw": raw, "output": normalise(raw, row["meta"])}
-                for (_, row), raw in zip(batch, answers, strict=True)
+                for group, raw in zip(batch, answers, strict=True)
+                for _, row in group
             ]
-            for sample, _ in batch:
-                _store_media(sample, out_dir / "media", read)
+            for group in batch:
+                _store_media(group[0][0], out_dir / "media", read)
             records.append(out_dir / "records.jsonl", rows)
-            bar.update(len(batch))
+            bar.update(len(rows))
     return out_dir
+
+
+def _same(todo: list[Asked]) -> list[list[Asked]]:
+    """Samples together that ask the same in every byte, whatever their ids."""
+    groups: dict[str, list[Asked]] = {}
+    for sample, row in todo:
+        groups.setdefault(row["question_sha256"], []).append((sample, row))
+    return list(groups.values())
 
 
 def _questions(samples: Sequence[Sample]) -> list[tuple[Sample, list[str]]]:
@@ -158,6 +170,7 @@ def _request(sample: Sample, identity: dict[str, Any], read: Read, render: Rende
         "media": media,
         "prompt": prompt,
         "prompt_sha256": records.sha256(prompt),
+        "question_sha256": records.sha256(request),
         "request_sha256": records.sha256({"id": sample.id, **request}),
         "meta": {k: v for k, v in sample.meta.items() if k != "references"},
     }

@@ -59,6 +59,40 @@ def sound(records: Iterable[Record], lang: str = "en", instruction: str | None =
     ]
 
 
+def spoken_vqa(records: Iterable[Record], lang: str = "en") -> list[Sample]:
+    """Spoken questions about photos whose answer is a word or two, rows of `x2l.data.builders.vsdial`; scored as `qa`."""
+    return [
+        Sample(
+            f"{record.key}/spoken-vqa",
+            (user(media_part(record, "image"), media_part(record, "speech")),),
+            {"lang": lang, "kind": record.fields["kind"], "references": _short(_qa_of(record))},
+        )
+        for record in records
+        if record.fields["lang"] == lang and record.fields["kind"] in SHORT_KINDS
+    ]
+
+
+def _qa_of(record: Record) -> QA:
+    return QA(record.fields["kind"], record.fields["text"], record.fields["messages"][-1]["content"])
+
+
+def masr(records: Iterable[Record], lang: str = "en", instruction: str | None = None) -> list[Sample]:
+    """Multimodal ASR: write down what is said about a photo that is seen, rows of `x2l.data.builders.vsdial`.
+
+    The instruction is the same with the controls ``wrong-image``, ``blank`` and ``no-image``; intervals resample photos.
+    """
+    text = instruction or instructions("asr", lang)[0]
+    return [
+        Sample(
+            f"{record.key}/masr",
+            (user(media_part(record, "image"), media_part(record, "speech"), text),),
+            {"lang": lang, "references": [record.fields["text"]]},
+        )
+        for record in records
+        if record.fields["lang"] == lang
+    ]
+
+
 def lips(records: Iterable[Record]) -> list[Sample]:
     """What a speaker says in a silent video."""
     return [
@@ -151,6 +185,8 @@ QUESTIONS: dict[str, Callable[..., list[Sample]]] = {
     "asr": asr,
     "sound": sound,
     "lips": lips,
+    "spoken_vqa": spoken_vqa,
+    "masr": masr,
     "pope": pope,
     "qa": qa,
 }

@@ -31,10 +31,24 @@ def collect(out: Path) -> Board:
     made = records.read_json(out / "scoreboard.json")
     runs = [out / name for name in made["runs"]]
     tasks = {task: scores_of(by_control) for task, by_control in group(runs).items()}
-    models = {records.sha256(records.read_json(run / "run.json")["model"]) for run in runs}
-    if len(models) > 1:
-        raise ValueError(f"{out} holds runs of {len(models)} models: give each its own folder and run {made['command']!r} again")
+    _check_one_model(runs, made["command"])
     return {"command": made["command"], "commits": commits_of(runs), "left_out": made["left_out"], "tasks": tasks}
+
+
+def _check_one_model(runs: Sequence[Path], command: str) -> None:
+    """A run names the part of the model that it reads; parts that two runs name must be the same.
+
+    Raises:
+        ValueError: they differ.
+    """
+    known: dict[str, str] = {}
+    for run in runs:
+        model = records.read_json(run / "run.json")["model"]
+        parts = {f"interface {name}": digest for name, digest in model.get("interfaces", {}).items()}
+        parts[f"recipe of {'+'.join(parts)}"] = records.sha256(model)
+        for part, digest in parts.items():
+            if known.setdefault(part, digest) != digest:
+                raise ValueError(f"{run} is of another model ({part}): give each its own folder and run {command!r} again")
 
 
 def render(board: Board) -> str:
