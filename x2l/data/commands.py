@@ -19,8 +19,9 @@ def build(
     out: Annotated[Path, typer.Argument(help="folder for the shards")],
     split: Annotated[str, typer.Option(help="train, val or test, as the corpus names it")] = "train",
     max_bad: Annotated[float, typer.Option(help="share of bad rows that is tolerated")] = 0.01,
+    workers: Annotated[int, typer.Option(help="rows read and decoded at a time")] = 2,
 ) -> None:
-    """Turn an official corpus into shards; bad rows are listed and left out.
+    """Turn an official corpus into shards; bad rows are listed and left out. Run again after a kill, and it goes on.
 
     Example:
 
@@ -28,9 +29,9 @@ def build(
     """
     from x2l.data.builders import build as run
 
-    shards, issues = run(corpus, root, split, out, max_bad)
-    typer.echo("\n".join(map(str, shards)))
-    typer.echo(f"{len(issues)} rows left out\n{issues}")
+    summary = run(corpus, root, split, out, max_bad, workers)
+    typer.echo("\n".join(map(str, summary.shards)))
+    typer.echo(summary)
 
 
 @app.command()

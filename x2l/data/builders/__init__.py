@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from x2l.data.builders import captions, dialogues, speech, videos
-from x2l.data.builders.entry import Bad, Entries, shuffled
-from x2l.data.media import MediaError
-from x2l.data.sources import DataError, Issues, Record, read_file
-from x2l.data.tools import check_media, write_shards
+from x2l.data.builders.entry import Bad, Entries, Entry, shuffled
+from x2l.data.sources import DataError, Issues, Record, Source
+from x2l.data.transforms.base import Done
+from x2l.data.transforms.runner import ROWS_A_SHARD, Summary, run
 
 BUILDERS: dict[str, Callable[[Path, str], Entries]] = {
     "ai_challenger": captions.ai_challenger,
@@ -33,38 +36,57 @@ BUILDERS: dict[str, Callable[[Path, str], Entries]] = {
 }
 
 
-def build(name: str, root: str | Path, split: str, out: str | Path, max_bad: float = 0.01) -> tuple[list[Path], Issues]:
+class _Build:
+    """The transform that changes nothing: rows are entries, and reading one decodes its media."""
+
+    name, version, batch = "build", "1", 16
+
+    def __init__(self, corpus: str, split: str, entries: Sequence[Entry]) -> None:
+        self.corpus, self.split, self.digest = corpus, split, _digest(entries)
+
+    def settings(self) -> dict[str, Any]:
+        return {"corpus": self.corpus, "split": self.split, "entries": self.digest}
+
+    def __call__(self, rows: Sequence[Record]) -> Done:
+        return Done(list(rows))
+
+
+def _digest(entries: Sequence[Entry]) -> str:
+    """Of all texts and file names, so that a build goes on with the release that it began with or not at all."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        names = {ext: path.name for ext, path in entry.files.items()}
+        digest.update(json.dumps([entry.key, entry.fields, names]).encode())
+    return digest.hexdigest()
+
+
+def build(
+    name: str, root: str | Path, split: str, out: str | Path, max_bad: float = 0.01, workers: int = 1,
+    rows_per_shard: int = ROWS_A_SHARD, progress: bool = True,
+) -> Summary:  # fmt: skip
     """Turn an unpacked release into shards ``<out>/<split>-0000.tar``, rows in a random but fixed order.
 
-    Every image and sound is decoded once; rows with broken or missing media, or without text, are counted and left out.
-
-    Returns:
-        The shards, and the rows that were left out.
+    Every image and sound is decoded once, by ``workers`` threads; rows with broken or missing media, or without text, are
+    counted and left out. A build that was interrupted goes on where it was.
 
     Raises:
-        DataError: unknown corpus, not its layout, or more than ``max_bad`` of the rows are bad.
+        DataError: unknown corpus, not its layout, no usable row, or more than ``max_bad`` of the rows are bad.
     """
     if name not in BUILDERS:
         raise DataError(f"no builder for {name!r}; there are: {', '.join(sorted(BUILDERS))}")
-    entries = shuffled(BUILDERS[name](Path(root), split))
-    issues = Issues(total=len(entries), max_fraction=max_bad)
-    seen: set[str] = set()
-
-    def records() -> Iterator[Record]:
-        for entry in entries:
-            if isinstance(entry, Bad):
-                issues.add(entry.key, entry.reason)
-                continue
-            if entry.key in seen:
-                issues.add(f"{entry.key} (again)", "the key is taken by an earlier row")
-                continue
-            seen.add(entry.key)
-            try:
-                media = {ext: read_file(path) for ext, path in entry.files.items()}
-                check_media(media)
-            except (DataError, MediaError) as error:
-                issues.add(entry.key, error)
-                continue
-            yield Record(entry.key, entry.fields, media)
-
-    return write_shards(records(), Path(out), split), issues
+    rows = shuffled(BUILDERS[name](Path(root), split))
+    issues = Issues(total=len(rows), max_fraction=max_bad)
+    entries: dict[str, Entry] = {}
+    for row in rows:
+        if isinstance(row, Bad):
+            issues.add(row.key, row.reason)
+        elif row.key in entries:
+            issues.add(f"{row.key} (again)", "the key is taken by an earlier row")
+        else:
+            entries[row.key] = row
+    source = Source(list(entries.values()), issues)
+    transform = _Build(name, split, list(entries.values()))
+    summary = run(transform, source, out, split, workers, rows_per_shard=rows_per_shard, max_bad=max_bad, progress=progress)
+    if not summary.shards:
+        raise DataError(f"{root} holds not one usable row of the split {split!r}:\n{summary}")
+    return summary

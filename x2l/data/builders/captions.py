@@ -6,44 +6,66 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from x2l.data.builders.entry import Bad, Entries, Entry, checked, grouped, key_of, need, read_json, read_lines, read_pairs
+from x2l.data.builders.entry import (
+    Bad,
+    Entries,
+    Entry,
+    checked,
+    each,
+    grouped,
+    key_of,
+    need,
+    read_json,
+    read_lines,
+    read_pairs,
+    rows_at,
+)
 
 
 def coco(root: Path, split: str) -> Entries:
     """COCO 2014 or 2017: ``annotations/captions_<split>.json`` and the folder ``<split>``, for a split as ``train2017``."""
     table = read_json(root / "annotations" / f"captions_{split}.json")
     captions: dict[int, list[str]] = {}
-    for row in table["annotations"]:
-        if checked(row.get("caption")):
+
+    def annotation(row: dict[str, Any]) -> Entries:
+        if checked(row["caption"]):
             captions.setdefault(row["image_id"], []).append(row["caption"].strip())
         else:
             yield Bad(f"annotation {row.get('id')}", "no caption")
-    for image in table["images"]:
-        if texts := captions.get(image["id"]):
-            path = root / split / image["file_name"]
-            yield Entry(key_of(image["file_name"]), {"en": texts, "source": "coco", "licence": "CC-BY-4.0"}, {"jpg": path})
+
+    def image(row: dict[str, Any]) -> Entries:
+        if texts := captions.get(row["id"]):
+            path = root / split / row["file_name"]
+            yield Entry(key_of(row["file_name"]), {"en": texts, "source": "coco", "licence": "CC-BY-4.0"}, {"jpg": path})
         else:
-            yield Bad(image["file_name"], "an image without captions")
+            yield Bad(row["file_name"], "an image without captions")
+
+    yield from each(rows_at(table, "annotations"), "annotations", annotation)
+    yield from each(rows_at(table, "images"), "images", image)
 
 
 def visual_genome(root: Path, split: str) -> Entries:
     """Visual Genome: ``region_descriptions.json`` (phrases with boxes) and images in ``VG_100K``, ``VG_100K_2``; no splits."""
-    for image in read_json(root / "region_descriptions.json"):
-        regions = [region for region in image["regions"] if checked(region.get("phrase"))]
-        number = image.get("id", image.get("image_id"))
-        places = [root / folder / f"{number}.jpg" for folder in ("VG_100K", "VG_100K_2")]
-        if not regions:
+
+    def image(row: dict[str, Any]) -> Entries:
+        number = row["id"] if "id" in row else row["image_id"]
+        phrases, boxes = [], []
+        for i, region in enumerate(row["regions"]):
+            if isinstance(region, dict) and checked(region.get("phrase")):
+                phrases.append(region["phrase"].strip())
+                boxes.append([region[name] for name in ("x", "y", "width", "height")])
+            else:
+                yield Bad(f"{number}, region {i}", "no phrase")
+        if not phrases:
             yield Bad(str(number), "an image without phrases")
-            continue
-        boxes = [[region[name] for name in ("x", "y", "width", "height")] for region in regions]
-        fields = {
-            "en": [r["phrase"].strip() for r in regions],
-            "boxes": boxes,
-            "source": "visual-genome",
-            "licence": "CC-BY-4.0",
-        }
-        yield Entry(f"vg{number}", fields, {"jpg": next((p for p in places if p.exists()), places[0])})
+            return
+        places = [root / folder / f"{number}.jpg" for folder in ("VG_100K", "VG_100K_2")]
+        fields = {"en": phrases, "boxes": boxes, "source": "visual-genome", "licence": "CC-BY-4.0"}
+        yield Entry(f"vg{number}", fields, {"jpg": next((path for path in places if path.exists()), places[0])})
+
+    yield from each(rows_at(read_json(root / "region_descriptions.json")), "image", image)
 
 
 def flickr30k(root: Path, split: str) -> Entries:
@@ -87,13 +109,19 @@ def ai_challenger(root: Path, split: str) -> Entries:
     tables = sorted(root.glob(f"caption_{split}_annotations_*.json"))
     table = tables[0] if tables else need(root / f"caption_{split}_annotations_*.json")
     images = root / table.stem.replace("annotations", "images")
-    for row in read_json(table):
-        texts = [text.strip() for text in row.get("caption") or [] if checked(text)]
+
+    def image(row: dict[str, Any]) -> Entries:
+        name = row["image_id"]
+        texts = [text.strip() for text in row["caption"] if checked(text)]
+        if len(texts) < len(row["caption"]):
+            yield Bad(f"{name}, a caption", "an empty or undecodable caption")
         if texts:
             fields = {"zh": texts, "source": "ai-challenger", "licence": "research only"}
-            yield Entry(key_of(row["image_id"]), fields, {"jpg": images / row["image_id"]})
+            yield Entry(key_of(name), fields, {"jpg": images / name})
         else:
-            yield Bad(str(row.get("image_id")), "an image without captions")
+            yield Bad(name, "an image without captions")
+
+    yield from each(rows_at(read_json(table)), "image", image)
 
 
 def cc3m(root: Path, split: str) -> Entries:
@@ -115,8 +143,8 @@ def _img2dataset(root: Path, source: str, lang: str, licence: str) -> Entries:
     """``<part>/<key>.json`` with "caption" and "status" beside ``<key>.jpg``; rows that were not fetched are bad rows."""
     for path in sorted(need(root).glob("*/*.json")):
         try:
-            row = json.loads(path.read_bytes())
-        except ValueError as error:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             yield Bad(path.stem, f"broken JSON: {error}")
             continue
         if not isinstance(row, dict) or not checked(row.get("caption")):

@@ -6,11 +6,13 @@ import csv
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from x2l.data.sources import DataError
+from x2l.data.media import MediaError
+from x2l.data.sources import DataError, Record, read_file
+from x2l.data.tools import check_media
 
 
 class Entry(NamedTuple):
@@ -19,6 +21,15 @@ class Entry(NamedTuple):
     key: str
     fields: dict[str, Any]
     files: dict[str, Path]
+
+    def read(self) -> Record:
+        """Load and decode its media; DataError when one is missing or broken."""
+        media = {ext: read_file(path) for ext, path in self.files.items()}
+        try:
+            check_media(media)
+        except MediaError as error:
+            raise DataError(str(error)) from error
+        return Record(self.key, self.fields, media)
 
 
 class Bad(NamedTuple):
@@ -39,11 +50,39 @@ def need(path: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file; one that is broken stops the build, as no row of it can be trusted."""
+    """A whole JSON file; one that does not parse stops the build, as no row of it can be trusted.
+
+    Undecodable bytes become U+FFFD, which ``checked`` refuses, so that they cost their row alone.
+    """
     try:
-        return json.loads(need(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON in UTF-8: {error}") from error
+        return json.loads(need(path).read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def rows_at(table: Any, *places: str) -> list[Any]:
+    """The list at a place of a JSON file, as ``rows_at(table, "data", "dialogs")``.
+
+    Raises:
+        DataError: there is none.
+    """
+    for place in places:
+        table = table.get(place) if isinstance(table, dict) else None
+    if not isinstance(table, list):
+        raise DataError(
+            f"expected a list of rows {'at ' + '.'.join(places) if places else 'as the whole file'}, got {str(table)[:80]!r}"
+        )
+    return table
+
+
+def each(rows: Iterable[Any], name: str, make: Callable[[Any], Iterable[Entry | Bad]]) -> Entries:
+    """What ``make`` gives for each row; a row that is not of the release's shape is a bad one, called by name and number."""
+    for number, row in enumerate(rows):
+        try:
+            made = list(make(row))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            made = [Bad(f"{name} {number}", f"not of the release's format ({error!r}): {str(row)[:80]}")]
+        yield from made
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -58,7 +97,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str] | Bad]:
     """(first word, rest) of each line, as in the tables of Kaldi and of Flickr captions."""
     for name, line in read_lines(path):
         first, *rest = line.split(maxsplit=1)
-        yield (first, rest[0].strip()) if rest and checked(rest[0]) else Bad(name, f"expected '<id> <text>', got {line[:80]!r}")
+        yield (first, rest[0].strip()) if rest and checked(line) else Bad(name, f"expected '<id> <text>', got {line[:80]!r}")
 
 
 def read_csv(path: Path) -> Iterator[dict[str, str]]:

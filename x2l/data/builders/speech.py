@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from x2l.data.builders.entry import Bad, Entries, Entry, checked, grouped, read_csv, read_pairs
+from x2l.data.builders.entry import Bad, Entries, Entry, checked, grouped, need, read_csv, read_pairs
 
 
 def aishell1(root: Path, split: str) -> Entries:
     """AISHELL-1: ``transcript/aishell_transcript_v0.8.txt`` and ``wav/<split>/<speaker>/<id>.wav`` (train, dev, test)."""
     texts, bad = grouped(read_pairs(root / "transcript" / "aishell_transcript_v0.8.txt"))
     yield from bad
-    for path in sorted((root / "wav" / split).glob("*/*.wav")):
-        if path.stem not in texts:
-            yield Bad(path.stem, "no transcript")
+    for path in sorted(need(root / "wav" / split).glob("*/*.wav")):
+        if problem := _problem(texts.get(path.stem)):
+            yield Bad(path.stem, problem)
             continue
         fields = {"text": texts[path.stem][0].replace(" ", ""), "lang": "zh", "spk": path.parent.name}
         yield Entry(path.stem, fields | {"source": "aishell-1", "licence": "Apache-2.0"}, {"wav": path})
@@ -25,12 +25,14 @@ def aishell2(root: Path, split: str) -> Entries:
     texts, bad = grouped(read_pairs(folder / "trans.txt"))
     yield from bad
     for pair in read_pairs(folder / "wav.scp"):
-        if isinstance(pair, Bad) or pair[0] not in texts:
-            yield pair if isinstance(pair, Bad) else Bad(pair[0], "no transcript")
-            continue
-        key, path = pair[0], folder / pair[1]
-        fields = {"text": texts[key][0].replace(" ", ""), "lang": "zh", "spk": path.parent.name}
-        yield Entry(key, fields | {"source": "aishell-2", "licence": "AISHELL-2 agreement, research only"}, {"wav": path})
+        if isinstance(pair, Bad):
+            yield pair
+        elif problem := _problem(texts.get(pair[0])):
+            yield Bad(pair[0], problem)
+        else:
+            key, path = pair[0], folder / pair[1]
+            fields = {"text": texts[key][0].replace(" ", ""), "lang": "zh", "spk": path.parent.name}
+            yield Entry(key, fields | {"source": "aishell-2", "licence": "AISHELL-2 agreement, research only"}, {"wav": path})
 
 
 def speechocean762(root: Path, split: str) -> Entries:
@@ -42,12 +44,20 @@ def speechocean762(root: Path, split: str) -> Entries:
     for pair in read_pairs(root / split / "wav.scp"):
         if isinstance(pair, Bad):
             yield pair
-        elif pair[0] not in texts or pair[0] not in speakers:
-            yield Bad(pair[0], "no transcript or no speaker")
+        elif problem := _problem(texts.get(pair[0])) or ("" if pair[0] in speakers else "no speaker"):
+            yield Bad(pair[0], problem)
         else:
             speaker = speakers[pair[0]][0]
-            fields = {"text": texts[pair[0]][0], "lang": "en", "spk": speaker, "age": int(ages.get(speaker, ["-1"])[0])}
+            age = ages.get(speaker, [""])[0]
+            fields = {"text": texts[pair[0]][0], "lang": "en", "spk": speaker, "age": int(age) if age.isdecimal() else -1}
             yield Entry(pair[0], fields | {"source": "speechocean762", "licence": "free to use"}, {"wav": root / pair[1]})
+
+
+def _problem(texts: list[str] | None) -> str:
+    """Why these transcripts of one recording cannot be used; "" when they can."""
+    if not texts:
+        return "no transcript"
+    return "" if len(set(texts)) == 1 else f"{len(texts)} transcripts that differ"
 
 
 CHINESE = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from x2l.data.builders.entry import Bad, Entries, Entry, checked, read_json
+from x2l.data.builders.entry import Bad, Entries, Entry, checked, each, read_json, rows_at
+from x2l.data.sources import DataError
 
 CONTAINERS = (".mp4", ".mkv", ".webm", ".avi")
 
@@ -14,20 +16,23 @@ def msrvtt(root: Path, split: str) -> Entries:
     part, folder = ("test", "TestVideo") if split == "test" else ("train_val", "TrainValVideo")
     table = read_json(root / f"{part}_videodatainfo.json")
     captions: dict[str, list[str]] = {}
-    for row in table["sentences"]:
-        if checked(row.get("caption")):
+
+    def sentence(row: dict[str, Any]) -> Entries:
+        if checked(row["caption"]):
             captions.setdefault(row["video_id"], []).append(row["caption"].strip())
         else:
             yield Bad(f"sentence {row.get('sen_id')}", "no caption")
-    for video in table["videos"]:
-        name = video["video_id"]
-        if video["split"] != split:
-            continue
-        if name in captions:
+
+    def video(row: dict[str, Any]) -> Entries:
+        name = row["video_id"]
+        if row["split"] == split and name in captions:
             fields = {"en": captions[name], "source": "msr-vtt", "licence": "research only"}
             yield Entry(name, fields, {"mp4": root / folder / f"{name}.mp4"})
-        else:
+        elif row["split"] == split:
             yield Bad(name, "a video without captions")
+
+    yield from each(rows_at(table, "sentences"), "sentences", sentence)
+    yield from each(rows_at(table, "videos"), "videos", video)
 
 
 def activitynet(root: Path, split: str) -> Entries:
@@ -35,11 +40,13 @@ def activitynet(root: Path, split: str) -> Entries:
 
     A row holds the whole video, its sentences and their ``[start, end]`` in seconds.
     """
-    for name, row in read_json(root / f"{split}.json").items():
-        times, sentences = row.get("timestamps") or [], row.get("sentences") or []
+
+    def video(named: tuple[str, dict[str, Any]]) -> Entries:
+        name, row = named
+        times, sentences = row["timestamps"], row["sentences"]
         if not sentences or len(times) != len(sentences) or not all(checked(text) for text in sentences):
-            yield Bad(name, f"{len(sentences)} sentences for {len(times)} time spans, or an empty one")
-            continue
+            yield Bad(name, f"{len(sentences)} sentences for {len(times)} time spans, or an empty or undecodable one")
+            return
         found = [path for ending in CONTAINERS if (path := root / "videos" / f"{name}{ending}").exists()]
         path = found[0] if found else root / "videos" / f"{name}.mp4"
         fields = {
@@ -47,3 +54,8 @@ def activitynet(root: Path, split: str) -> Entries:
             "source": "activitynet-captions", "licence": "links to videos of others",
         }  # fmt: skip
         yield Entry(name, fields, {path.suffix[1:]: path})
+
+    table = read_json(root / f"{split}.json")
+    if not isinstance(table, dict):
+        raise DataError(f"{split}.json: expected an object of videos, got {str(table)[:80]!r}")
+    yield from each(table.items(), "video", video)

@@ -158,7 +158,7 @@ def _work(transform: Transform, source: Source, number: int) -> Finished:
     skipped: list[Skipped] = []
     for index in range(number * transform.batch, min((number + 1) * transform.batch, len(source))):
         try:
-            rows.append(source[index])
+            rows.append(source.rows[index].read())
         except DataError as error:
             skipped.append(Skipped(source.rows[index].key, str(error)))
     done = transform(rows)
