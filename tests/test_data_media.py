@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from x2l.data.media import MediaError, decode_audio, decode_image
+from x2l.data.media import MediaError, _cut_off, decode_audio, decode_image
 from x2l.data.sources import read_source
 from x2l.data.video import check_video
 
@@ -230,6 +230,26 @@ def test_damaged_sounds_decode_or_raise_media_error(kind: str, keep: float, flip
 SOUNDS = {kind: sound(tone(16_000), 16_000, kind) for kind in ("WAV", "FLAC", "OGG")} | {
     kind: video(kind, with_sound=True) for kind in ("matroska", "mp4")
 }
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "PCM_16"), ("OGG", "OPUS"), ("OGG", "VORBIS"), ("FLAC", "PCM_16")])
+def test_half_a_recording_is_refused(kind: str, subtype: str) -> None:
+    blob = sound(np.random.default_rng(0).normal(0, 0.1, 48_000), 16_000, kind, subtype)
+    assert len(decode_audio(blob)) == pytest.approx(48_000, rel=0.01)
+    for keep in (0.1, 0.5, 0.85):
+        with pytest.raises(MediaError, match=r"cut off|damaged"):
+            decode_audio(blob[: int(keep * len(blob))])
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
+def test_a_wav_from_a_pipe_does_not_know_its_length(size: int) -> None:
+    blob = bytearray(sound(tone(16_000), 16_000, "WAV"))
+    blob[40:44] = size.to_bytes(4, "little")
+    assert not _cut_off(bytes(blob))
+
+
+def test_endless_chunks_end_the_search() -> None:
+    assert not _cut_off(b"RIFF\0\0\0\0WAVE" + bytes(64 << 20))
 
 
 def test_a_playlist_opens_nothing(tmp_path: Path) -> None:

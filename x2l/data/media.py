@@ -94,9 +94,11 @@ def decode_audio(source: bytes | str | Path, rate: int = SAMPLE_RATE, max_second
     Decoding stops at ``max_seconds``, whatever the header claims; channels are averaged.
 
     Raises:
-        MediaError: unknown format, longer than ``max_seconds``, no sound in it, or damaged.
+        MediaError: unknown format, longer than ``max_seconds``, no sound in it, damaged, or a WAV or Ogg that was cut off.
     """
     blob = load(source)
+    if _cut_off(blob):
+        raise MediaError("the sound is cut off: the file ends before its own header says")
     container = _container(blob)
     blocks = _av_blocks(blob, container) if container else _soundfile_blocks(blob)
     try:
@@ -108,6 +110,27 @@ def decode_audio(source: bytes | str | Path, rate: int = SAMPLE_RATE, max_second
     if not np.isfinite(sound).all():
         raise MediaError("the sound holds values that are not finite")
     return sound
+
+
+UNKNOWN_SIZE = 0x7FFFF000  # and above: what programs write that cannot know a WAV's length, as into a pipe
+MAX_CHUNKS = 64  # before a WAV's samples
+WHOLE = 0.9  # of a WAV's samples; with less it is cut off
+
+
+def _cut_off(blob: bytes) -> bool:
+    """Whether a WAV lacks samples that its header counts, or an Ogg ends within a page. (Decoders read on to the end that is
+    there, and half a sentence would keep the whole one's transcript.)"""
+    if blob[:4] == b"RIFF" and blob[8:12] == b"WAVE":
+        at = 12
+        for _ in range(MAX_CHUNKS):
+            size = int.from_bytes(blob[at + 4 : at + 8], "little")
+            if blob[at : at + 4] == b"data":
+                return size < UNKNOWN_SIZE and len(blob) - at - 8 < WHOLE * size
+            at += 8 + size + size % 2
+    elif blob[:4] == b"OggS":
+        page = blob[blob.rfind(b"OggS") :]
+        return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return False
 
 
 Blocks = Iterator[tuple[NDArray[np.float32], int]]  # mono samples and their rate
