@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,38 @@ def test_refused_and_exhausted_requests_say_so_without_the_key(
         ChatEndpoint(url, "stub").complete([])
     assert KEY not in str(refused.value) + caplog.text
     assert KEY not in repr(vars(ChatEndpoint(url, "stub")))
+
+
+def test_a_key_that_no_header_can_carry_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda n, request: completion("hello")) as (url, seen):
+        for key in (f"{KEY}\nand more", f"{KEY} more", f"“{KEY}”"):
+            monkeypatch.setenv("X2L_ENDPOINT_KEY", key)
+            with pytest.raises(EndpointError, match="X2L_ENDPOINT_KEY holds a space") as error:
+                ChatEndpoint(url, "stub").complete([])
+            assert KEY not in f"{error.value} {error.value.__cause__} {error.value.__context__}"
+        for key, sent in ((f"{KEY}\n", f"Bearer {KEY}"), ("", None)):
+            monkeypatch.setenv("X2L_ENDPOINT_KEY", key)
+            ChatEndpoint(url, "stub").complete([])
+            assert seen[-1]["authorization"] == sent
+
+
+def test_a_redirect_takes_the_key_nowhere() -> None:
+    with (
+        serving(lambda n, request: completion("theirs")) as (other, there),
+        serving(lambda n, request: (307, {"Location": f"{other}/chat/completions"}, {})) as (url, _),
+        pytest.raises(EndpointError, match="refused: status 307"),
+    ):
+        ChatEndpoint(url, "stub").complete([])
+    assert there == []
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("2", 2.0), ("-3", 0.0), ("nan", 0.0), ("soon", None), (None, None)])
+def test_retry_after(header: str | None, seconds: float | None) -> None:
+    assert endpoint.retry_after(header) == seconds
+
+
+def test_retry_after_a_date() -> None:
+    assert endpoint.retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30))) == pytest.approx(30, abs=2)
 
 
 def test_cost() -> None:

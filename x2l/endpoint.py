@@ -6,6 +6,7 @@ The key goes into one request header and nowhere else: not into settings, record
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class ChatEndpoint:
         model: its name there.
         key_variable: the environment variable that holds the key; read at each request, so that no copy of this object
             carries it. Unset means that no key is sent.
-        timeout: seconds that one attempt may take.
+        timeout: seconds of silence after which an attempt has failed.
     """
 
     def __init__(self, url: str, model: str, key_variable: str = "X2L_ENDPOINT_KEY", timeout: float = 120.0) -> None:
@@ -66,7 +67,7 @@ class ChatEndpoint:
             wait = 2.0**attempt
             try:
                 response = self._post(body)
-                if response.ok:
+                if response.status_code < 300:
                     return _reply(response, attempt)
                 problem = f"status {response.status_code}: {self._redacted(response.text[:300])}"
                 if response.status_code not in (408, 429) and response.status_code < 500:
@@ -81,7 +82,10 @@ class ChatEndpoint:
         raise EndpointError(f"no answer from {self.model} in {ATTEMPTS} attempts, the last: {problem}")
 
     def _key(self) -> str | None:
-        return os.environ.get(self.key_variable)
+        key = os.environ.get(self.key_variable, "").strip()  # files from which keys are read end in a line break
+        if re.search(r"[^!-~]", key):  # requests would quote the whole header in its error
+            raise EndpointError(f"${self.key_variable} holds a space, a line break or a character that is not ASCII: no key does")
+        return key or None
 
     def _post(self, body: dict[str, Any]) -> requests.Response:
         headers = {"Authorization": f"Bearer {key}"} if (key := self._key()) else {}
