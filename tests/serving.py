@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(assistant: Assistant, engine: EngineConfig | None = None, seconds: float = 300.0, **config: Any) -> Iterator[Running]:
+def running(
+    assistant: Assistant,
+    engine: EngineConfig | None = None,
+    seconds: float = 300.0,
+    make: Callable[..., Engine] = Engine,
+    **config: Any,
+) -> Iterator[Running]:
     """Serve until the block ends, with one key."""
     pool = DecoderPool(1, seconds, BOUNDS)
-    one = Engine(assistant, engine or EngineConfig(), pool)
+    one = make(assistant, engine or EngineConfig(), pool)
     gate = create_app(one, ServerConfig(**({"api_keys": [KEY]} | config)), pool)
     server = Server(gate, "127.0.0.1", 0, grace=10)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from x2l.encoders import ENCODERS
 from x2l.encoders.hf import sketch_speech, sketch_vision
 from x2l.interfaces.cformer import import_bert
 from x2l.interfaces.qformer import import_blip2
-from x2l.llm import load_llm, sketch_llm
+from x2l.llm import load_llm, load_table, sketch_llm
 from x2l.modalities import MODALITIES, Kind
 from x2l.modalities.video import import_image
 from x2l.modality import Modality, Processor
@@ -48,7 +49,13 @@ class Built:
     config: ModelConfig
 
 
-def build(config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | None = None, attention: str = "sdpa") -> Built:
+def build(
+    config: ModelConfig,
+    fresh: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    table_only: bool = False,
+) -> Built:
     """Load the LLM and encoders, make the interfaces, and load their trained weights.
 
     Encoders with the same config are one module, so that image and video share theirs.
@@ -57,17 +64,14 @@ def build(config: ModelConfig, fresh: Sequence[str] = (), dtype: torch.dtype | N
         fresh: modalities whose ``weights`` are not loaded.
         dtype: of the LLM, instead of the config's.
         attention: implementation in the LLM, a name that transformers knows.
+        table_only: of the LLM, load its token table alone: the model embeds and does not answer.
 
     Raises:
         ValueError: an unknown encoder, modality or argument, or weights that do not fit; the message names it.
     """
-    llm, tokenizer = load_llm(
-        config.llm.spec,
-        config.llm.sha256,
-        dtype or getattr(torch, config.llm.dtype),
-        attn_implementation=attention,
-    )
-    std = float(llm.get_input_embeddings().weight.float().std())  # type: ignore[operator, union-attr]
+    load: Callable[..., tuple[Any, Any]] = load_table if table_only else partial(load_llm, attn_implementation=attention)
+    llm, tokenizer = load(config.llm.spec, config.llm.sha256, dtype or getattr(torch, config.llm.dtype))
+    std = float(llm.get_input_embeddings().weight.float().std())
     model, processors = assemble(config, llm, std, _encoder)
     for name, part in config.modalities.items():
         if part.weights and name not in fresh:

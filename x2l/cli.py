@@ -30,6 +30,8 @@ data_app.add_typer(transform_app, name="transform")
 data_app.command()(make)
 data_app.command()(hear)
 app.add_typer(data_app, name="data")
+export_app = typer.Typer(help="Write a model for other programs.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
 console = Console()
 
 Model = Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")]
@@ -152,6 +154,7 @@ def serve(
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="fetch media from public http(s) URLs")] = False,
     max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
     grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM")] = 60.0,
+    vllm: Annotated[Optional[str], typer.Option(help="URL of a vLLM server that holds the LLM (x2l export vllm)")] = None,  # noqa: UP045
 ) -> None:
     """Serve a model over the API of OpenAI's clients (docs/serve.md).
 
@@ -160,13 +163,15 @@ def serve(
         x2l serve
 
         X2L_API_KEYS=a-long-random-key x2l serve --host 0.0.0.0 --allow-remote
+
+        x2l serve --vllm http://10.0.0.5:8001/v1 --max-batch 64
     """
     try:
         from x2l.serve.server import run
     except ModuleNotFoundError as error:
         raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
 
-    run(model, host, port, api_keys, tuple(allow_host or ()), tuple(origin or ()), allow_remote, max_batch, grace)
+    run(model, host, port, api_keys, tuple(allow_host or ()), tuple(origin or ()), allow_remote, max_batch, grace, vllm=vllm)
 
 
 @app.command()
@@ -192,6 +197,23 @@ def web(
 
     console.print(f"loading {model}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)", highlight=False)
     run(model, host, port, api_keys, tuple(allow_host or ()), page=True)
+
+
+@export_app.command(name="vllm")
+def export_vllm(
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or not exist")],
+    model: Model = "tiny",
+    overrides: Overrides = None,
+) -> None:
+    """Write the LLM as a folder that a stock `vllm serve` loads, and a small one for the `x2l serve` before it (docs/serve.md).
+
+    Examples:
+
+        x2l export vllm --model tiny --out exported
+    """
+    from x2l.export import export_vllm as run
+
+    console.print(run(model, overrides or [], out), highlight=False, markup=False)
 
 
 @app.command()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from x2l.weights import cache_dir, resolve, sha256_of
 
@@ -43,16 +44,83 @@ def load_llm(
         ValueError: the folder has no safetensors, needs its own code, or holds a model that ignores or refuses
             ``inputs_embeds``.
     """
-    path = resolve(spec, sha256)
-    if path.is_file():
-        path = _dequantised(path, sha256 or sha256_of(path))
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{spec}: {path} holds no *.safetensors; X2L loads no pickled weights, convert them first")
+    path = llm_folder(spec, sha256)
     model, tokenizer = _load(spec, path, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True)
     nn.Module.to(model, device)
     model.requires_grad_(False).eval()
     probe_inputs_embeds(model, spec)
     return model, tokenizer
+
+
+def llm_folder(spec: str, sha256: str | None = None) -> Path:
+    """The local safetensors folder that ``spec`` names; a GGUF file is dequantised into one.
+
+    Raises:
+        ValueError: it cannot be had, or holds no safetensors.
+    """
+    path = resolve(spec, sha256)
+    if path.is_file():
+        path = _dequantised(path, sha256 or sha256_of(path))
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{spec}: {path} holds no *.safetensors; X2L loads no pickled weights, convert them first")
+    return path
+
+
+class TokenTable(nn.Module):
+    """An LLM's token embeddings and configuration without its layers, for where these run on another machine."""
+
+    def __init__(self, table: nn.Embedding, config: Any, generation_config: Any):
+        super().__init__()
+        self.table, self.config, self.generation_config = table, config, generation_config
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """(V, D)."""
+        return self.table
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.table.weight.dtype
+
+
+def load_table(spec: str, sha256: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[TokenTable, Any]:
+    """The token table of an LLM and its tokenizer; no other weight is read, and of its safetensors no other need be there.
+
+    Args:
+        spec, sha256, dtype: as for `load_llm`.
+
+    Raises:
+        ValueError: as `read_table`.
+    """
+    path = llm_folder(spec, sha256)
+    llm, _, weight = read_table(path)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if (path / "generation_config.json").is_file():
+            llm.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return TokenTable(nn.Embedding.from_pretrained(weight.to(dtype)), llm.config, llm.generation_config), tokenizer
+
+
+def read_table(folder: Path) -> tuple[PreTrainedModel, str, torch.Tensor]:
+    """The LLM of a folder on the meta device, and its token table (V, D) with the name that it has in its file.
+
+    Raises:
+        ValueError: an LLM that does more to its ids than look them up, or no file with the table.
+    """
+    llm = sketch_llm(folder)
+    table = llm.get_input_embeddings()
+    if type(table) is not nn.Embedding:
+        raise ValueError(f"{folder}: this LLM's token embeddings are no plain table ({type(table).__name__})")
+    name = next(name for name, module in llm.named_modules() if module is table) + ".weight"
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if f".{name}".endswith(f".{key}"):  # published files often leave the first part of a name out
+                    return llm, key, file.get_tensor(key)
+    raise ValueError(f"{folder}: no *.safetensors there holds {name}")
 
 
 def sketch_llm(architecture: dict[str, Any] | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

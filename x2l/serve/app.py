@@ -133,7 +133,7 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: Deco
 def _add_status(app: FastAPI, gate: Gate, engine: Engine, pool: DecoderPool | None, metrics: Metrics) -> None:
     def state() -> dict[str, Any]:
         return {
-            "status": "ok" if engine.alive else "engine stopped",
+            "status": engine.status,
             "engine_errors": engine.stats.errors,
             "decoder_restarts": pool.restarts if pool else 0,
         }

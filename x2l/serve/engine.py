@@ -90,10 +90,9 @@ class Engine:
         self.model, self.stats = assistant.model, Stats()
         self.embeddings, self.prefixes = EmbeddingStore(config.embedding_bytes), PrefixStore(config.prefix_bytes)
         self.context: int = getattr(self.model.llm.config, "max_position_embeddings", None) or 1 << 20
-        with torch.inference_mode():
-            self._caches = Caches(self.model.llm)
+        self._allocate()
         self.stops = set(assistant.eos)  # ids that end an answer
-        self._lanes, self._active = Lanes(self.model.llm), list[Job]()  # rows of _lanes belong to _active, in order
+        self._active = list[Job]()  # rows of _lanes belong to them, in order
         self._waiting: deque[Job] = deque()
         self._filling: Job | None = None
         self._open = 0  # answers that are not finished, those whose media are still being decoded included
@@ -118,6 +117,11 @@ class Engine:
         """Whether the engine goes on answering."""
         stalled = self._open > 0 and time.monotonic() - self._beat > STALLED
         return self._thread.is_alive() and not self._closed and not stalled
+
+    @property
+    def status(self) -> str:
+        """``ok``, or why no answers can be had."""
+        return "ok" if self.alive else "engine stopped"
 
     @property
     def load(self) -> tuple[int, int]:
@@ -244,19 +248,18 @@ class Engine:
             self._beat = time.monotonic()
             return not self._closed
 
+    def _allocate(self) -> None:
+        """Where the states of answers are kept."""
+        with torch.inference_mode():
+            self._caches, self._lanes = Caches(self.model.llm), Lanes(self.model.llm)
+
     def _turn(self) -> None:
         self._drop()
         ready: Job | None = None
         try:
             ready = self._fill()
         except Exception as error:
-            if not isinstance(error, RequestError):
-                self.stats.errors += 1
-                log.exception("a prompt failed")
-                error = EngineError("the model failed on this request")
-            job, self._filling = self._filling, None
-            if job is not None:
-                self._fail(job, error)
+            self._reject(error)
         try:
             if ready is not None:
                 self._lanes.join(ready.cache, ready.prompt_length)
@@ -271,6 +274,16 @@ class Engine:
             log.exception("a decode step failed; %d answers are lost", len(lost))
             for job in lost:
                 self._fail(job, EngineError("the model failed while answering"))
+
+    def _reject(self, error: Exception) -> None:
+        """The prompt that is being computed has failed."""
+        if not isinstance(error, RequestError):
+            self.stats.errors += 1
+            log.error("a prompt failed", exc_info=error)
+            error = EngineError("the model failed on this request")
+        job, self._filling = self._filling, None
+        if job is not None:
+            self._fail(job, error)
 
     def _drop(self) -> None:
         """Let go of what nobody waits for any more."""

@@ -134,8 +134,9 @@ def run(
     max_batch: int = 8,
     grace: float = 60.0,
     page: bool = False,
+    vllm: str | None = None,
 ) -> None:
-    """Load a model and serve it until a signal comes, with ``page`` the chat page too.
+    """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL.
 
     Raises:
         ValueError: a public address without API keys, ``*`` among the origins, or a model that cannot be loaded.
@@ -150,7 +151,12 @@ def run(
     bounds: dict[str, dict[str, Any]] = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
     pool = DecoderPool(seconds=limits.decode_seconds, bounds=bounds)
     try:
-        engine = Engine(Assistant.load(model), engine_config, pool)
+        if vllm is None:
+            engine = Engine(Assistant.load(model), engine_config, pool)
+        else:
+            from x2l.serve.vllm import connect  # a leaf too
+
+            engine = connect(model, vllm, engine_config, pool)
         name = Path(model).stem if model.endswith((".yaml", ".yml")) else model
         config = ServerConfig(name, keys, allowed_hosts(keys, hosts), origins, allow_remote, limits)
         gate = create_app(engine, config, pool)
