@@ -30,6 +30,18 @@ class Row(NamedTuple):
     def text_length(self) -> int:
         return sum(i >= 0 for i in self.ids)
 
+    def upto(self, part: Part) -> Row:
+        """What stands before one of the media, given as the same object.
+
+        Raises:
+            ValueError: nothing does.
+        """
+        number = next(i for i, mine in enumerate(self.media) if mine is part)
+        place = [at for at, i in enumerate(self.ids) if i < 0][number]
+        if not place:
+            raise ValueError(f"nothing stands before the {part.type}")
+        return Row(self.ids[:place], self.labels[:place], self.media[:number])
+
 
 class Template(Protocol):
     """Messages -> segments; with ``generate`` the last one opens the assistant's turn."""

@@ -117,6 +117,19 @@ class MoonshineEncoder(nn.Module):
         x = nn.utils.rnn.pad_sequence(frames, batch_first=True).to(waves.device)
         return Features(x, torch.tensor([len(f) for f in frames], device=waves.device))
 
+    def grow(self, wave: np.ndarray, done: list[np.ndarray]) -> Features:
+        """Encode a recording (S,) that grows from call to call, each time the whole: (1, F, 288).
+
+        Args:
+            done: features of the windows that were complete before, which begin the recording whatever follows; those that
+                are complete by now are added.
+        """
+        *complete, last = windows(wave, self.max_seconds)
+        for i in range(len(done), len(complete)):
+            done[i : i + 1] = [self._encode(complete[i])]  # by place: calls in two threads do not add one twice
+        x = torch.from_numpy(np.concatenate([*done[: len(complete)], self._encode(last)]))[None]
+        return Features(x, torch.tensor([x.shape[1]]))
+
     def encode(self, wave: np.ndarray) -> np.ndarray:
         """Encode one waveform (S,) to (F, 288), window by window."""
         return np.concatenate([self._encode(window) for window in windows(wave, self.max_seconds)])

@@ -29,7 +29,9 @@ from x2l.serve.fetch import Fetcher
 from x2l.serve.limits import Gate, Limits
 from x2l.serve.media import MediaReader
 from x2l.serve.metrics import Metrics
-from x2l.serve.schema import ChatRequest, ChatResponse, ErrorOut, ModelList, ModelOut, Transcription
+from x2l.serve.schema import AnswerRequest, ChatRequest, ChatResponse, ErrorOut, ModelList, ModelOut, Transcription
+from x2l.serve.voice_routes import PATH as VOICE
+from x2l.serve.voice_routes import add_voice
 from x2l.types import Message, Part, user
 
 log = logging.getLogger(__name__)
@@ -114,10 +116,11 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: Deco
         )
     for kind in (HTTPException, RequestValidationError, RequestError, MediaError, Busy, EngineError, TimeoutError, Exception):
         app.add_exception_handler(kind, handle)
-    routes = {"/v1/chat/completions", "/v1/models", "/v1/audio/transcriptions", "/health", "/ready", "/metrics", "/openapi.json"}
+    routes = {"/v1/chat/completions", "/v1/models", "/v1/audio/transcriptions", VOICE, "/openapi.json"}
+    routes |= {"/health", "/ready", "/metrics"}
 
     def observe(method: str, path: str, status: int, seconds: float, request_id: str) -> None:
-        route = path if path in routes else "other"
+        route = path if path in routes else f"{VOICE}/TICKET" if path.startswith(f"{VOICE}/") else "other"
         metrics.responses.labels(route, str(status or 499)).inc()
         metrics.seconds.labels(route).observe(seconds)
         log.info("%s %s %d %.3f s %s", method if method.isalpha() else "?", route, status, seconds, request_id)
@@ -125,7 +128,7 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: Deco
     gate = Gate(app, config.limits, config.api_keys, config.hosts, config.origins, observe)
     _add_status(app, gate, engine, pool, metrics)
     _add_models(app, engine, config)
-    _add_chat(app, engine, config, metrics)
+    _add_chat(app, gate, engine, config, metrics)
     _hide_422(app)
     return gate
 
@@ -171,10 +174,18 @@ def _add_models(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         return model
 
 
-def _add_chat(app: FastAPI, engine: Engine, config: ServerConfig, metrics: Metrics) -> None:
+def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, metrics: Metrics) -> None:
     limits = config.limits
     fetcher = Fetcher(limits.max_file_bytes, limits.fetch_seconds) if config.allow_remote else None
     reader = MediaReader(engine.reads, limits.max_media, limits.max_file_bytes, fetcher)
+
+    def how(body: AnswerRequest) -> Decode:
+        _check_model(body.model, config)
+        if body.limit is not None and body.limit > engine.config.max_new_tokens:
+            raise ApiError(400, f"max_tokens is {body.limit}, the limit is {engine.config.max_new_tokens}", "max_tokens")
+        return Decode(body.limit, body.temperature, body.top_p, body.seed, body.stops)
+
+    add_voice(app, gate, engine, reader, config.model, how, config.origins, metrics)
 
     async def first_text(request: Request, messages: list[Message], decode: Decode) -> tuple[Answer, AsyncIterator[str]]:
         """The answer once its first piece is there, so that whatever fails before is an HTTP error."""
@@ -194,10 +205,7 @@ def _add_chat(app: FastAPI, engine: Engine, config: ServerConfig, metrics: Metri
     @app.post("/v1/chat/completions", response_model=ChatResponse)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with ``stream`` as server-sent events."""
-        _check_model(body.model, config)
-        if body.limit is not None and body.limit > engine.config.max_new_tokens:
-            raise ApiError(400, f"max_tokens is {body.limit}, the limit is {engine.config.max_new_tokens}", "max_tokens")
-        decode = Decode(body.limit, body.temperature, body.top_p, body.seed, body.stops)
+        decode = how(body)
 
         async def streamed() -> tuple[Answer, AsyncIterator[str]]:
             return await first_text(request, await reader.messages(body.messages), decode)

@@ -9,18 +9,18 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, WebSocket
 from prometheus_client import Counter
 
 from x2l.serve.answer import Answer, Decode
 from x2l.serve.engine import Engine
 from x2l.serve.errors import error_response
-from x2l.types import Message
+from x2l.types import Message, Part
 
 T = TypeVar("T")
 
 
-async def run_or_leave(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def run_or_leave(request: Request | WebSocket, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which is cancelled when the client goes away; ConnectionError then."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
@@ -36,22 +36,23 @@ async def run_or_leave(request: Request, work: Coroutine[Any, Any, T]) -> T:
             await asyncio.wait({task})
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnected(request: Request | WebSocket) -> None:
+    while (await request.receive())["type"] not in ("http.disconnect", "websocket.disconnect"):
         pass
 
 
-async def submit(engine: Engine, messages: Sequence[Message], decode: Decode, owner: str) -> Answer:
+async def submit(engine: Engine, messages: Sequence[Message], decode: Decode, owner: str, upto: Part | None = None) -> Answer:
     """`Engine.submit` in a thread; an answer that nobody waits for any more is cancelled."""
-    task = asyncio.ensure_future(asyncio.to_thread(engine.submit, messages, decode, owner))
+    task = asyncio.ensure_future(asyncio.to_thread(engine.submit, messages, decode, owner, upto))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        task.add_done_callback(_abandon)
+        task.add_done_callback(abandon)
         raise
 
 
-def _abandon(task: asyncio.Task[Answer]) -> None:
+def abandon(task: asyncio.Task[Answer]) -> None:
+    """Cancel the answer that a task has brought, for `Task.add_done_callback`."""
     if not task.cancelled() and task.exception() is None:
         task.result().cancel()
 
@@ -85,23 +86,31 @@ def completion(answer: Answer, text: str, model: str) -> dict[str, Any]:
     return {**_head("chat.completion", model), "choices": [choice], "usage": usage(answer)}
 
 
+async def chunks(
+    answer: Answer, stream: AsyncIterator[str], model: str, include_usage: bool = True
+) -> AsyncIterator[dict[str, Any]]:
+    """The `chat.completion.chunk` objects of an answer."""
+    head = _head("chat.completion.chunk", model)
+
+    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {**head, "choices": [choice], **({"usage": None} if include_usage else {})}
+
+    yield chunk({"role": "assistant", "content": ""})
+    async for piece in stream:
+        yield chunk({"content": piece})
+    yield chunk({}, answer.finish_reason)
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage(answer)}
+
+
 async def events(
     answer: Answer, stream: AsyncIterator[str], model: str, include_usage: bool, disconnects: Counter
 ) -> AsyncIterator[str]:
-    """The `chat.completion.chunk` events of an answer, the last one ``[DONE]``."""
-    head = _head("chat.completion.chunk", model)
-
-    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return _event({**head, "choices": [choice], **({"usage": None} if include_usage else {})})
-
+    """The chunks of an answer as server-sent events, the last one ``[DONE]``."""
     try:
-        yield chunk({"role": "assistant", "content": ""})
-        async for piece in stream:
-            yield chunk({"content": piece})
-        yield chunk({}, answer.finish_reason)
-        if include_usage:
-            yield _event({**head, "choices": [], "usage": usage(answer)})
+        async for chunk in chunks(answer, stream, model, include_usage):
+            yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
     except (asyncio.CancelledError, GeneratorExit):
         disconnects.inc()
@@ -130,7 +139,3 @@ def usage(answer: Answer) -> dict[str, Any]:
 
 def _head(kind: str, model: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"

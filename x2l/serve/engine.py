@@ -6,7 +6,6 @@ answer in progress (continuous batching). HTTP, web page and scripts share one E
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -23,11 +22,11 @@ from x2l.assistant import Assistant
 from x2l.data.collate import Decoder, raw
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
-from x2l.serve.job import Item, Job
+from x2l.serve.job import Item, Job, content_key
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.serve.text import TextStream
-from x2l.types import Features, Media, Message
+from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
 DecodeMedia = Callable[[Decoder, bytes, Mapping[str, Any]], Any]  # decoder, file, options -> what a processor takes
@@ -128,11 +127,18 @@ class Engine:
         """Answers in progress, and all that are open."""
         return len(self._active), self._open
 
-    def submit(self, messages: Sequence[Message], decode: Decode = Decode(), owner: str = "") -> Answer:  # noqa: B008
+    def submit(
+        self,
+        messages: Sequence[Message],
+        decode: Decode = Decode(),  # noqa: B008
+        owner: str = "",
+        upto: Part | None = None,
+    ) -> Answer:
         """Decode the media, queue the conversation, and return its answer to be read; blocks for the media alone.
 
         Args:
             owner: whoever asks; states of a prompt are reused for the same owner only.
+            upto: a media part of the conversation: only what stands before it is computed, for a later call to start from.
 
         Raises:
             RequestError: the model does not read a modality, a file is broken, or the text alone exceeds the context.
@@ -147,7 +153,7 @@ class Engine:
                 raise Busy(f"{self._open} requests are in work or waiting, the limit is {self.capacity}")
             self._open += 1
         try:
-            job = self._prepare(messages, decode, owner)
+            job = self._prepare(messages, decode, owner, upto)
         except BaseException:
             with self._wake:
                 self._open -= 1
@@ -170,7 +176,7 @@ class Engine:
 
     # --- in the caller's thread -------------------------------------------------------------------------------------
 
-    def _prepare(self, messages: Sequence[Message], decode: Decode, owner: str) -> Job:
+    def _prepare(self, messages: Sequence[Message], decode: Decode, owner: str, upto: Part | None) -> Job:
         parts = [part for message in messages for part in message.content]
         chars = sum(len(part.text or "") for part in parts)
         if chars > self.config.max_text_chars:
@@ -183,6 +189,7 @@ class Engine:
         try:
             with self._tokenizer:
                 row = self.assistant.renderer.prompt(messages)
+            row = row if upto is None else row.upto(upto)
         except (ValueError, TemplateError) as error:
             raise RequestError(f"the model's chat template refuses this conversation: {error}") from error
         limit = min(decode.max_new_tokens or self.config.max_new_tokens, self.config.max_new_tokens)
@@ -209,7 +216,7 @@ class Engine:
             return self.assistant.decode(ids)
 
     def _item(self, modality: str, blob: bytes) -> Item:
-        key = f"{modality}:{hashlib.sha256(blob).hexdigest()}"
+        key = content_key(modality, blob)
         if (known := self.embeddings.get(key)) is not None:
             self.stats.embedding_hits += 1
             return Item(modality, key, embeds=known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,14 @@ from x2l.splice import splice
 from x2l.template import Row
 
 
+def content_key(modality: str, blob: bytes) -> str:
+    """What identifies a media file's embeddings."""
+    return f"{modality}:{hashlib.sha256(blob).hexdigest()}"
+
+
 @dataclass
 class Item:
-    """A media item; ``key`` is its modality and content hash, ``inputs`` the encoder's (None when embeddings are known)."""
+    """A media item; ``key`` is its `content_key`, ``inputs`` the encoder's (None when embeddings are known)."""
 
     modality: str
     key: str

@@ -36,6 +36,9 @@ class Limits:
     decode_seconds: float = 20.0
     max_pixels: int = 25_000_000
     max_seconds: float = 600.0  # of sound
+    max_voices: int = 8  # spoken turns that are open at a time
+    voice_seconds: float = 60.0  # of one of them
+    voice_idle_seconds: float = 10.0  # until somebody connects, and between two frames
 
 
 class Refused(Exception):
@@ -86,7 +89,9 @@ class Gate:
 
         async def answer(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] == "websocket.accept":
+                status = 101
+            elif message["type"].endswith("http.response.start"):
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *_safe_headers(request_id)]
             await send(message)
@@ -102,7 +107,9 @@ class Gate:
         if self._hosts:
             self._check_sender(headers)
         preflight = scope["type"] == "http" and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
-        if scope["path"] not in self.open_paths and not preflight:  # a browser's preflight bears no key and reaches no route
+        ticket = scope["type"] == "websocket" and scope["path"].startswith("/v1/voice/")  # it was given for a key
+        # A browser's preflight bears no key and reaches no route.
+        if scope["path"] not in self.open_paths and not preflight and not ticket:
             scope["state"]["owner"] = self._owner(headers)
         if scope["type"] == "websocket" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
@@ -200,11 +207,9 @@ def _safe_headers(request_id: str) -> list[tuple[bytes, bytes]]:
 
 
 async def _refuse(scope: Scope, send: Any, refused: Refused) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": str(refused)})
-        return
+    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
     content = json.dumps(error_body(refused.status, str(refused))).encode()
     headers = [(name.lower().encode(), value.encode()) for name, value in refused.headers.items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": f"{kind}.start", "status": refused.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": content})

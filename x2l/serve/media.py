@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 from x2l.serve.answer import RequestError
 from x2l.serve.fetch import Fetcher
-from x2l.serve.schema import AudioPart, AudioURLPart, ChatMessage, ImagePart, TextPart, VideoPart
+from x2l.serve.schema import AudioPart, AudioURLPart, ChatMessage, ImagePart, TextPart, VideoPart, VoicePart
 from x2l.types import Message, Part
 
 DATA_URL = re.compile(r"data:[\w.+-]{1,64}/[\w.+-]{1,64}(?:;[\w.+-]{1,64}=[\w.+-]{1,64})*;base64,", re.ASCII | re.IGNORECASE)
+
+WANTED = {"image_url": ["image"], "video_url": ["video"], "voice": ["speech"]}
+AnyPart = ImagePart | AudioPart | AudioURLPart | VideoPart | VoicePart
 
 
 class MediaReader:
@@ -30,7 +33,7 @@ class MediaReader:
         self.reads, self.max_items, self.max_bytes, self.fetcher = list(reads), max_items, max_bytes, fetcher
 
     async def messages(self, wire: Sequence[ChatMessage]) -> list[Message]:
-        """The conversation with its media's bytes.
+        """The conversation with its media's bytes; a recording that is still to come has none.
 
         Raises:
             RequestError: too many media, a modality that the model lacks, or a source that is refused.
@@ -58,15 +61,17 @@ class MediaReader:
             for message in wire
         ]
 
-    def modality(self, part: ImagePart | AudioPart | AudioURLPart | VideoPart) -> str:
+    def modality(self, part: AnyPart) -> str:
         """Which modality of the model reads a part; RequestError if none does."""
-        wanted = {"image_url": ["image"], "video_url": ["video"]}.get(part.type, ["speech", "audio"])
+        wanted = WANTED.get(part.type, ["speech", "audio"])
         found = next((name for name in wanted if name in self.reads), None)
         if found is None:
             raise RequestError(f"this model cannot read {part.type}: it reads {', '.join(['text', *self.reads])}")
         return found
 
-    async def _bytes(self, part: ImagePart | AudioPart | AudioURLPart | VideoPart) -> bytes:
+    async def _bytes(self, part: AnyPart) -> bytes:
+        if isinstance(part, VoicePart):
+            return b""
         if isinstance(part, AudioPart):
             return self._base64(part.input_audio.data, "input_audio.data")
         url = part.source.url

@@ -31,6 +31,13 @@ class Metrics:
         self.first_token = Histogram(
             "x2l_first_token_seconds", "Request read to first text", buckets=SECONDS, registry=self.registry
         )
+        self.voice_first = Histogram(
+            "x2l_voice_first_token_seconds",
+            "End of speech to first text, by whether the answer was begun in a pause",
+            ["ahead"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.disconnects = Counter("x2l_disconnects", "Clients that left before their answer", registry=self.registry)
 
 

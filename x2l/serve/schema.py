@@ -5,9 +5,10 @@ https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
 
@@ -68,7 +69,16 @@ class AudioPart(Closed):
     input_audio: AudioData
 
 
+class VoicePart(Closed):
+    """Where the recording stands that is still to come."""
+
+    type: Literal["voice"]
+
+
 ContentPart = Annotated[TextPart | ImagePart | AudioPart | AudioURLPart | VideoPart, Field(discriminator="type")]
+
+
+VoiceContentPart = Annotated[TextPart | ImagePart | AudioPart | AudioURLPart | VideoPart | VoicePart, Field(discriminator="type")]
 
 
 class ChatMessage(Closed):
@@ -82,7 +92,7 @@ class ChatMessage(Closed):
     annotations: list[Any] | None = Field(default=None, max_length=0)
 
     @property
-    def parts(self) -> list[TextPart | ImagePart | AudioPart | AudioURLPart | VideoPart]:
+    def parts(self) -> Sequence[ContentPart | VoicePart]:
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
@@ -101,17 +111,20 @@ Value = Annotated[str, Field(max_length=512)]
 ONE_THING = "only the default is supported"
 
 
-class ChatRequest(Closed):
+class VoiceMessage(ChatMessage):
+    content: str | Annotated[list[VoiceContentPart], Field(min_length=1)]  # type: ignore[assignment]
+
+
+class AnswerRequest(Closed):
+    """What any request for an answer has."""
+
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = None  # accepted and not used, like the next three
     safety_identifier: Annotated[str, Field(max_length=256)] | None = None
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
@@ -131,6 +144,31 @@ class ChatRequest(Closed):
     def limit(self) -> int | None:
         """Longest answer asked for, in tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class ChatRequest(AnswerRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+
+class VoiceRequest(AnswerRequest):
+    messages: Annotated[list[VoiceMessage], Field(min_length=1, max_length=1024)]
+    end_silence: Annotated[float, Field(ge=0.2, le=10)] | None = Field(
+        default=None, description="seconds of silence that end the speech; without it the client says when"
+    )
+
+    @model_validator(mode="after")
+    def _one_voice(self) -> VoiceRequest:
+        counts = [sum(isinstance(part, VoicePart) for part in message.parts) for message in self.messages]
+        if sum(counts) != 1 or not counts[-1] or self.messages[-1].role != "user":
+            raise ValueError("exactly one part of the type 'voice' must stand in the last message, a user's")
+        return self
+
+    @property
+    def place(self) -> int:
+        """Which part of the last message the recording is."""
+        return next(i for i, part in enumerate(self.messages[-1].parts) if isinstance(part, VoicePart))
 
 
 class PromptDetails(BaseModel):
@@ -180,6 +218,13 @@ class ModelOut(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelOut]
+
+
+class VoiceOut(BaseModel):
+    url: Annotated[str, Field(description="path of the WebSocket, good for one connection")]
+    sample_rate: int
+    max_seconds: float
+    idle_seconds: Annotated[float, Field(description="without a frame, after which the turn is over")]
 
 
 class Transcription(BaseModel):

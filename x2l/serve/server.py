@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -22,6 +23,7 @@ from x2l.serve.decoders import DecoderPool
 from x2l.serve.engine import Engine, EngineConfig
 from x2l.serve.errors import error_body
 from x2l.serve.limits import HOST_NAME, Gate, Limits
+from x2l.serve.voice_routes import MAX_FRAME_BYTES
 
 log = logging.getLogger(__name__)
 HEADER_SECONDS = 20.0  # from the connection to the first complete request head
@@ -46,6 +48,11 @@ class Protocol(H11Protocol):
         if self.cycle is None:
             self.transport.close()
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Stop the clock: another protocol has the connection from now on."""
+        self._head_timer.cancel()
+        super().handle_websocket_upgrade(event)
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
         content = json.dumps(error_body(400, "this is not a valid HTTP/1.1 request")).encode()
@@ -65,7 +72,9 @@ class Server(uvicorn.Server):
             host=host,
             port=port,
             http=Protocol,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=MAX_FRAME_BYTES,
+            ws_per_message_deflate=False,
             access_log=False,
             server_header=False,
             log_config=None,
