@@ -15,7 +15,7 @@ from x2l.build import build
 from x2l.config import RECIPES, ModelConfig, load_model_config, load_train_config, shipped
 
 STAGES = [name for name in shipped() if not name.startswith("models/")]
-ELSEWHERE = ("speech", "asr", "match", "video", "audio", "paper/stage3")  # test_{speech_stages,video,audio_events,paper_recipes}.py
+ELSEWHERE = ("speech", "asr", "match", "video", "audio", "stage3", "all")  # test_{speech_stages,video,audio_events,stage3,...}.py
 
 
 @pytest.mark.parametrize("name", shipped("models"))

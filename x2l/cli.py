@@ -63,17 +63,21 @@ def version(show: Annotated[bool, typer.Option("--version", help="print the vers
 def chat(
     question: Annotated[Optional[str], typer.Argument(help="ask once; leave out to talk")] = None,  # noqa: UP045
     image: Annotated[Optional[list[Path]], typer.Option("--image", "-i", help="a photo; may be repeated")] = None,  # noqa: UP045
+    video: Annotated[Optional[list[Path]], typer.Option("--video", "-v", help="a video; may be repeated")] = None,  # noqa: UP045
     speech: Annotated[Optional[list[Path]], typer.Option("--speech", "-s", help="a recording; may be repeated")] = None,  # noqa: UP045
+    audio: Annotated[Optional[list[Path]], typer.Option("--audio", "-a", help="a sound; may be repeated")] = None,  # noqa: UP045
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
     temperature: Annotated[float, typer.Option(help="0 = greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus of the sampling")] = 1.0,
 ) -> None:
-    """Talk with a model about pictures, or by speech.
+    """Talk with a model about pictures, videos and sounds, or by speech.
 
     Examples:
 
         x2l chat --image photo.jpg "What is happening here?"
+
+        x2l chat --video clip.mp4 "What is happening here?"
 
         x2l chat --speech question.wav
 
@@ -87,10 +91,9 @@ def chat(
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p},
         console,
     )
-    for path in image or []:
-        session.attach("image", path)
-    for path in speech or []:
-        session.attach("speech", path)
+    for modality, paths in {"image": image, "video": video, "audio": audio, "speech": speech}.items():
+        for path in paths or []:
+            session.attach(modality, path)
     if question is not None or speech:
         session.ask(question or "")
     else:
@@ -107,19 +110,20 @@ def demo() -> None:
 
 @app.command()
 def train(recipe: Annotated[str, typer.Argument(help="a shipped name, or a path")], overrides: Overrides = None) -> None:
-    """Train a stage; running the same command again goes on from the newest checkpoint.
+    """Train a stage, or a chain of them; running the same command again goes on from the newest checkpoint.
 
     Examples:
 
         x2l train tiny/stage2_image data_root=../shared/data
 
         x2l train tiny/stage2_image data_root=../shared/data steps=20 epochs=null run=runs/try
+
+        x2l train tiny/all data_root=data      (then: x2l chat --model runs/tiny/all)
     """
-    from x2l.config import load_train_config
-    from x2l.train import train as run
+    from x2l.chain import train_recipe
 
     logging.getLogger("x2l").setLevel(logging.INFO)
-    console.print(f"exported to [bold]{run(load_train_config(recipe, overrides or []))}[/]")
+    console.print(f"exported to [bold]{train_recipe(recipe, overrides or [])}[/]")
 
 
 @app.command()
@@ -181,12 +185,15 @@ def web(
     port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
     allow_host: AllowHost = None,
+    compare: Annotated[Optional[str], typer.Option(help="another model, which answers every question beside the first")] = None,  # noqa: UP045
 ) -> None:
     """Chat with a model in the browser: photos, videos and sound, as far as it reads them (docs/serve.md).
 
     Examples:
 
         x2l web
+
+        x2l web --model runs/new.yaml --compare tiny      (two answers next to each other)
 
         X2L_API_KEYS=a-long-random-key x2l web --host 0.0.0.0      (then http://ADDRESS:8000/#key=a-long-random-key)
     """
@@ -195,8 +202,11 @@ def web(
     except ModuleNotFoundError as error:
         raise RunError(f"x2l web needs {error.name}: pip install 'x2l[web]'") from error
 
-    console.print(f"loading {model}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)", highlight=False)
-    run(model, host, port, api_keys, tuple(allow_host or ()), page=True)
+    console.print(
+        f"loading {model}{f' and {compare}' if compare else ''}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)",
+        highlight=False,
+    )
+    run(model, host, port, api_keys, tuple(allow_host or ()), page=True, compare=compare)
 
 
 @export_app.command(name="vllm")

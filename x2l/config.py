@@ -124,8 +124,16 @@ class TrainConfig(Strict):
         return epochs
 
 
+class ChainConfig(Strict):
+    """Stages that follow each other, by the names of their recipes (chain.py)."""
+
+    stages: list[str] = Field(min_length=1)
+    run: str  # folder of the model recipe that they end in
+
+
 def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """A model recipe by shipped name (``tiny``) or path, with ``key=value`` overrides."""
+    """A model recipe by shipped name (``tiny``) or path, with ``key=value`` overrides; a folder stands for its model.yaml."""
+    name = str(Path(name) / "model.yaml") if (Path(name) / "model.yaml").is_file() else name
     return _validate(ModelConfig, _override(_read(name, "models"), overrides), name)
 
 
@@ -138,10 +146,24 @@ def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     raw = _read(name, ".")
     if isinstance(raw.get("model"), str):
         raw["model"] = _read(raw["model"], "models")
-    raw.setdefault("run", f"runs/{Path(name).stem if Path(name).exists() else name}")
+    raw.setdefault("run", _run_folder(name))
     raw.setdefault("steps", None)
     raw.setdefault("epochs", None)
     return _validate(TrainConfig, _override(raw, overrides), name)
+
+
+def load_chain_config(name: str, overrides: Sequence[str] = ()) -> ChainConfig | None:
+    """A recipe that lists stages, by shipped name or path; None where it is one stage. Of ``overrides``, ``run`` is the chain's."""
+    raw = _read(name, ".")
+    if "stages" not in raw:
+        return None
+    raw.setdefault("run", _run_folder(name))
+    config: ChainConfig = _validate(ChainConfig, _override(raw, [o for o in overrides if o.startswith("run=")]), name)
+    return config
+
+
+def _run_folder(name: str) -> str:
+    return f"runs/{Path(name).stem if Path(name).exists() else name}"
 
 
 def digest(config: BaseModel, exclude: set[str] | None = None) -> str:

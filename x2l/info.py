@@ -21,7 +21,16 @@ from x2l import flops
 from x2l.asr import Decoder
 from x2l.blip2 import NUM_SPECIAL, Blip2
 from x2l.build import sketch
-from x2l.config import ModalityConfig, ModelConfig, TrainConfig, digest, load_model_config, load_train_config, shipped
+from x2l.config import (
+    ModalityConfig,
+    ModelConfig,
+    TrainConfig,
+    digest,
+    load_chain_config,
+    load_model_config,
+    load_train_config,
+    shipped,
+)
 from x2l.data.video import NUM_FRAMES
 from x2l.encoders.fbank import RATE
 from x2l.interfaces.qformer import QFormer
@@ -118,7 +127,7 @@ def _read(recipe: str, overrides: Sequence[str]) -> tuple[ModelConfig, dict[str,
     name = recipe if Path(recipe).is_file() else recipe.removesuffix(".yaml")
     model = name.removeprefix("models/")
     if model in shipped("models"):
-        stages = [stage for stage in shipped() if stage.split("/")[0] == model]
+        stages = [stage for stage in shipped() if stage.split("/")[0] == model and load_chain_config(stage) is None]
         return load_model_config(model, overrides), {stage: load_train_config(stage) for stage in stages}
     if Path(name).is_file() and "trainable:" not in Path(name).read_text(encoding="utf-8"):
         return load_model_config(name, overrides), {}

@@ -33,24 +33,32 @@ class Modality(nn.Module):
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
         self.interface = nn.Sequential(*interface)
+        self.num_frozen = 0
+
+    def freeze(self, num_layers: int) -> None:
+        """Count the interface's first ``num_layers`` modules to what is frozen: `encode` gives their output."""
+        self.num_frozen = num_layers
+        self.interface[:num_layers].requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Modality:
-        """Set the interface's mode; the encoder stays in eval mode, batch-norm statistics and dropout included."""
+        """Set the interface's mode; what is frozen stays in eval mode, batch-norm statistics and dropout included."""
         super().train(mode)
         self.encoder.eval()
+        self.interface[: self.num_frozen].eval()
         return self
 
     @torch.no_grad()
     def encode(self, media: Media) -> Features:
-        """Features (N, F, E) of all items, computed or as they came from the cache."""
+        """What is frozen gives of all items, (N, F, E): computed, or as it came from the cache."""
         if media.features is not None:
             return media.features
         assert media.inputs is not None, "media carry inputs or features"
         device = next(self.encoder.parameters(), torch.empty(0)).device
-        return self.encoder(**{name: tensor.to(device) for name, tensor in media.inputs.items()})
+        features = self.encoder(**{name: tensor.to(device) for name, tensor in media.inputs.items()})
+        return self.interface[: self.num_frozen](features)
 
     def forward(self, media: Media) -> Features:
         """Embeddings (N, U, D) with their lengths."""
         features = self.encode(media)
         device = next(self.interface.parameters()).device
-        return self.interface(Features(features.x.to(device), features.lengths.to(device)))
+        return self.interface[self.num_frozen :](Features(features.x.to(device), features.lengths.to(device)))
