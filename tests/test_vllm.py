@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import socket
 import threading
 import time
@@ -20,16 +21,21 @@ import torch
 from conftest import picture, tiny_model
 from serving import check_error, image_part, is_idle, running
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
 from x2l.assistant import Assistant
 from x2l.build import build
+from x2l.cli import app
 from x2l.config import ModelConfig
+from x2l.demo import PHOTOS, QUESTIONS
 from x2l.export import export_vllm
 from x2l.llm import load_llm, read_table
 from x2l.serve.answer import Busy, Decode, EngineError, Timeout
-from x2l.serve.engine import EngineConfig
+from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.server import run
 from x2l.serve.vllm import KEY_VARIABLE, VllmEngine, connect
 from x2l.types import Message, Part, assistant, user
+from x2l.weights import resolve
 
 RED, BLUE = picture((250, 0, 0)), picture((0, 0, 250))
 SERVE_VARIABLE = "X2L_TEST_VLLM"  # the `vllm` command of an environment that has it
@@ -360,7 +366,8 @@ def exported(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     recipe = config.model_copy(update={"modalities": {"image": part}})
     (tmp_path / "mine.yaml").write_text(json.dumps(recipe.model_dump(exclude_defaults=True)))
     out = tmp_path / "out"
-    assert "README.md" in export_vllm(str(tmp_path / "mine.yaml"), [], out)
+    done = CliRunner().invoke(app, ["export", "vllm", "--model", str(tmp_path / "mine.yaml"), "--out", str(out)])
+    assert (done.exit_code, "README.md has the two commands" in done.output.replace("\n", "")) == (0, True)
     monkeypatch.chdir(out)
     return out
 
@@ -373,6 +380,8 @@ def test_an_export_serves_as_its_readme_says(exported: Path, model: Assistant, u
     assert "".join(engine.submit(TALKS[0], Decode(9))) == "".join(model.stream(TALKS[0], 9))
     engine.close()
     assert str(exported.parent) not in (exported / "model.yaml").read_text()  # it may be moved
+    with pytest.raises(ValueError, match="--vllm 'localhost:8001': give the URL"):
+        run("model.yaml", vllm="localhost:8001")
 
 
 def test_the_table_alone_is_no_llm(exported: Path) -> None:
@@ -400,5 +409,44 @@ def test_tables_are_found_under_the_names_of_published_files(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_vllm_itself_gives_the_engine_s_tokens(tmp_path: Path) -> None:
-    """Greedy, float32, text and photos: docs/serve.md has the counts."""
+@pytest.mark.timeout(3000)
+def test_vllm_itself_gives_the_engine_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy in float32, about photos and without: whatever differs was a near tie. docs/serve.md has the counts."""
+    command = os.environ.get(SERVE_VARIABLE)
+    if not command:
+        pytest.skip(f"{SERVE_VARIABLE} does not name the `vllm` command of an environment that has it (docs/serve.md)")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from vllm_peer import Vllm, token_ids
+
+    photos = [resolve(spec, sha256).read_bytes() for spec, sha256 in PHOTOS.items()]
+    talks = [[user(image(photo), question)] for photo in photos for question in QUESTIONS]
+    talks += [[user(text)] for text in ("Why is the sky blue?", "List three colours.", "How do I boil an egg?", "What is gravity?")]
+    export_vllm("tiny", [], tmp_path / "out")
+    vllm = Vllm(command, tmp_path / "out" / "llm", tmp_path / "log")
+    try:
+        behind = connect("tiny", vllm.url, EngineConfig())
+        theirs = token_ids(behind, talks, 32)
+        behind.close()
+    finally:
+        vllm.stop()
+    whole = Assistant.load("tiny")
+    engine = Engine(whole, EngineConfig())
+    ours = token_ids(engine, talks, 32)
+    engine.close()
+    same = sum(a == b for a, b in zip(theirs, ours, strict=True))
+    print(f"{same} of {len(talks)} answers are the same, {sum(map(len, ours))} tokens")
+    for talk, a, b in zip(talks, theirs, ours, strict=True):
+        if a != b:
+            at = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1], strict=False)) if x != y)
+            gap = _lead(whole, talk, b[:at])
+            print(f"{talk[0].text!r} differs at token {at}, where the best token leads by {gap:.2g} nats")
+            assert gap < 1e-3
+
+
+@torch.inference_mode()
+def _lead(model: Assistant, talk: list[Message], answer: list[int]) -> float:
+    """By how much the best next token leads the second one."""
+    embeds = model.model.embed(model.collator.prompt([talk])).embeds
+    more = model.model.llm.get_input_embeddings()(torch.tensor([answer], dtype=torch.long))
+    best = model.model.llm(inputs_embeds=torch.cat([embeds, more], 1)).logits[0, -1].log_softmax(-1).topk(2).values
+    return float(best[0] - best[1])

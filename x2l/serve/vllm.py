@@ -72,8 +72,8 @@ class Upstream:
             raise ValueError(f"the vLLM at {self.url} says: {error} (it needs --enable-prompt-embeds)") from error
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"what answers at {self.url} is no vLLM, or too old a one") from error
-        best = max(by_ids, key=by_ids.__getitem__)
-        if abs(by_ids[best] - by_embeds.get(best, -1e9)) > 0.1:
+        both = by_ids.keys() & by_embeds.keys()
+        if len(both) < 3 or max(abs(by_ids[token] - by_embeds[token]) for token in both) > 0.1:  # 16-bit LLMs are this near
             raise ValueError(f"the vLLM at {self.url} holds another LLM ({self.model}) than this model's token table is of")
 
     async def answers(self) -> bool:
