@@ -9,6 +9,9 @@ interface is untrained: what it says is nonsense, what it takes is not. Seconds 
     file      the recording as a file, sent when it is complete
     at once   a spoken turn, ended with its last sound
     pause     a spoken turn, ended half a second after its last sound, as a person who reaches for a button or an end-pointer does
+    phrases   a spoken turn whose phrases are recordings of their own, ended with its last sound
+
+Ratios are to text; for phrases, whose prompt has more tokens, to a text prompt of as many as the whole recording's all the same.
 """
 
 from __future__ import annotations
@@ -97,9 +100,10 @@ class Bench:
         self.forget()
         return self.ask(" ".join(words))[0]
 
-    def speak(self, pcm: bytes) -> float:
+    def speak(self, pcm: bytes, phrases: bool = False) -> float:
         """Seconds from the end to the first token."""
-        url = self.http.post("/v1/voice", json=self.body([{"type": "voice"}])).json()["url"]
+        body = self.body([{"type": "voice"}]) | {"phrases": phrases}
+        url = self.http.post("/v1/voice", json=body).json()["url"]
         with connect(f"ws://{self.address}{url}") as socket:
             due = time.perf_counter()
             for at in range(0, len(pcm), FRAME):
@@ -127,7 +131,7 @@ def main(recipe: str = "tiny/stage2_speech", rounds: int = 3) -> None:
     sound = (decode_audio(resolve(SOUND, SHA256)) * 32_767).astype(np.int16)
     silence = bytes(2 * int(SILENCE * RATE))
     print(f"{Path(sys.argv[0]).stem}: seconds to the first token, least (median) of {rounds}; ratios to text, goal {GOAL}x")
-    print(f"{'speech':>7} {'tokens':>6} {'text':>15} {'file':>22} {'at once':>22} {'pause':>22}")
+    print(f"{'speech':>7} {'tokens':>6} {'text':>15} {'file':>22} {'at once':>22} {'pause':>22} {'phrases':>22}")
     for seconds in LENGTHS:
         pcm = cut(sound, seconds)
         bench.forget()
@@ -137,6 +141,7 @@ def main(recipe: str = "tiny/stage2_speech", rounds: int = 3) -> None:
             "file": lambda p=pcm: bench.file(p)[0],
             "at once": lambda p=pcm: bench.speak(p),
             "pause": lambda p=pcm: bench.speak(p + silence),
+            "phrases": lambda p=pcm: bench.speak(p, True),
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):

@@ -157,6 +157,10 @@ class VoiceRequest(AnswerRequest):
     end_silence: Annotated[float, Field(ge=0.2, le=10)] | None = Field(
         default=None, description="seconds of silence that end the speech; without it the client says when"
     )
+    phrases: bool = Field(
+        default=False,
+        description="whether each phrase, between pauses, is a recording of its own and read for good when it is over",
+    )
 
     @model_validator(mode="after")
     def _one_voice(self) -> VoiceRequest:

@@ -1,14 +1,17 @@
 """A spoken turn: the sound arrives while the person speaks, and the answer is ready, or nearly, when they have finished.
 
-Encoder, listener and C-Former look at the whole recording, so that every new sound may change every embedding: nothing
-that is computed before the end is certain. What runs ahead is therefore
+Encoder, listener and C-Former look at a whole recording, so that every new sound may change every embedding of it: nothing
+that is computed before its end is certain. What runs ahead is therefore
 
 - what stands before the recording (instructions, earlier turns, media): its states, from the first moment;
 - windows of the encoder that are complete (`MoonshineEncoder.grow`): final, whatever comes;
 - in each pause, the answer to what was said so far. If nothing more is said it is the answer; else it is dropped.
 
-The recording ends ``TAIL`` after the last voice in it, so that the answer begun in the last pause is the answer to the very
+The recording ends `TAIL` after the last voice in it, so that the answer begun in the last pause is the answer to the very
 same samples: equal to that of a recorded file by construction, since it is computed from the same bytes by the same code.
+
+With ``phrases`` each phrase is a recording of its own, so that all but the last one are read, and taken in by the LLM, while
+the person goes on: the answer is then that to the phrases' files, side by side in one message.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import io
 import wave
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -23,17 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from x2l.assistant import Assistant
 from x2l.serve.answer import Answer, Decode, RequestError
 from x2l.serve.chat import abandon, submit
 from x2l.serve.engine import Engine
 from x2l.serve.job import content_key
-from x2l.serve.pauses import RATE, Pauses
+from x2l.serve.pauses import RATE, TAIL, Clip, Pauses
 from x2l.types import Features, Media, Message, Part
-
-TAIL = RATE // 5  # samples that are kept after the last voice; a pause that long starts an answer
 
 
 def wav(pcm: bytes) -> bytes:
@@ -50,14 +50,14 @@ def wav(pcm: bytes) -> bytes:
 class Ear:
     """The speech interface on one growing recording, outside the engine's thread."""
 
-    def __init__(self, assistant: Assistant):
-        self._modality: Any = assistant.model.modalities["speech"]
-        self._processor = assistant.collator.processors["speech"]
-        self._done: list[np.ndarray] = []  # features of windows that are complete
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._modality: Any = engine.model.modalities["speech"]
+        self._done: list[np.ndarray] = []  # features of the encoder's windows that are complete
 
     @torch.inference_mode()
-    def __call__(self, pcm: bytes) -> Tensor:
-        """Embeddings (U, D) of the recording so far, which must begin with what earlier calls were given.
+    def read(self, pcm: bytes, key: str) -> None:
+        """Put the embeddings of the recording so far, which begins with what earlier calls were given, among the engine's.
 
         Raises:
             RequestError: it is longer than the interface can take.
@@ -67,11 +67,11 @@ class Ear:
             if grow := getattr(self._modality.encoder, "grow", None):
                 media = Media(features=grow(sound, self._done))
             else:
-                media = Media(inputs=self._processor([sound]))
+                media = Media(inputs=self._engine.assistant.collator.processors["speech"]([sound]))
             read: Features = self._modality(media)
         except ValueError as error:
             raise RequestError(f"the model cannot read this recording of {len(sound) / RATE:.1f} s") from error
-        return read.x[0, : int(read.lengths[0])].clone()
+        self._engine.embeddings.put(key, read.x[0, : int(read.lengths[0])].clone())
 
 
 class VoiceTurn:
@@ -84,6 +84,7 @@ class VoiceTurn:
         owner: whoever asks.
         workers: run the speech interface.
         end_silence: seconds of silence that end the speech, if anything but the client does.
+        phrases: whether each phrase is a recording of its own.
     """
 
     def __init__(
@@ -94,24 +95,25 @@ class VoiceTurn:
         decode: Decode,
         owner: str,
         workers: Executor,
-        end_silence: float | None,
+        end_silence: float | None = None,
+        phrases: bool = False,
     ):
         self.engine, self.messages, self.decode, self.owner = engine, list(messages), decode, owner
         self.place, self.pauses = place, Pauses(end_silence)
         self.num_bytes = sum(len(part.bytes or b"") for message in messages for part in message.content)
-        self._workers, self._ear, self._pcm = workers, Ear(engine.assistant), bytearray()
-        self._ahead: tuple[int, asyncio.Task[Answer]] | None = None  # samples, and the answer to them
+        self._by_phrase, self._workers, self._pcm = phrases, workers, bytearray()
+        self._ears: defaultdict[int, Ear] = defaultdict(lambda: Ear(engine))  # by where their clip begins
+        self._ahead: tuple[list[Clip], asyncio.Task[Answer]] | None = None  # clips, and the answer to them
 
     @property
-    def samples(self) -> int:
-        """How many samples count: up to `TAIL` after the last voice, or all where there is none."""
-        heard, voiced = self.pauses.samples, self.pauses.voiced_until
-        return min(heard, voiced + TAIL) if voiced else heard
+    def clips(self) -> list[Clip]:
+        """What counts as the person's recordings, if nothing more is said."""
+        return self.pauses.phrases if self._by_phrase else [self.pauses.whole]
 
     @property
     def ahead(self) -> bool:
         """Whether the answer to what counts is in work already."""
-        return self._ahead is not None and self._ahead[0] == self.samples
+        return self._ahead is not None and self._ahead[0] == self.clips
 
     async def begin(self) -> None:
         """Read the media and compute what stands before the recording.
@@ -130,7 +132,7 @@ class VoiceTurn:
             self._drop()
         paused = 0 < self.pauses.voiced_until <= self.pauses.samples - TAIL
         if paused and self._ahead is None and self._has_room():
-            self._ahead = self.samples, asyncio.ensure_future(self._answer(self.samples))
+            self._ahead = self.clips, asyncio.ensure_future(self._answer(self.clips))
 
     async def answer(self) -> Answer:
         """The answer, when nothing more is said.
@@ -138,14 +140,14 @@ class VoiceTurn:
         Raises:
             RequestError: nothing was said, or as `Engine.submit`.
         """
-        if not self.samples:
+        if not self.pauses.samples:
             raise RequestError("no sound has arrived: send 16-bit samples before the end")
         if self._ahead is not None and self.ahead:
             task = self._ahead[1]
             await asyncio.wait({task})
             if task.exception() is None:  # an error may have been the moment's, such as a full queue
                 return task.result()
-        return await self._answer(self.samples)
+        return await self._answer(self.clips)
 
     def close(self) -> None:
         """Let go of what is in work."""
@@ -162,14 +164,15 @@ class VoiceTurn:
             task.add_done_callback(abandon)
             task.cancel()
 
-    async def _answer(self, samples: int) -> Answer:
-        pcm = bytes(self._pcm[: 2 * samples])
-        blob = wav(pcm)
-        key = content_key("speech", blob)
-        if self.engine.embeddings.get(key) is None:
-            embeds = await asyncio.get_running_loop().run_in_executor(self._workers, self._ear, pcm)
-            self.engine.embeddings.put(key, embeds)
+    async def _answer(self, clips: list[Clip]) -> Answer:
+        recordings = []
+        for begin, end in clips:
+            pcm = bytes(self._pcm[2 * begin : 2 * end])
+            blob = wav(pcm)
+            key = content_key("speech", blob)
+            if self.engine.embeddings.get(key) is None:
+                await asyncio.get_running_loop().run_in_executor(self._workers, self._ears[begin].read, pcm, key)
+            recordings.append(Part("speech", bytes=blob))
         *before, last = self.messages
-        parts = list(last.content)
-        parts[self.place] = Part("speech", bytes=blob)
-        return await submit(self.engine, [*before, replace(last, content=tuple(parts))], self.decode, self.owner)
+        content = (*last.content[: self.place], *recordings, *last.content[self.place + 1 :])
+        return await submit(self.engine, [*before, replace(last, content=content)], self.decode, self.owner)
