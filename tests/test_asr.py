@@ -194,7 +194,7 @@ class Words:
     """A tokenizer of a few words, in the manner of Hugging Face's."""
 
     def __init__(self, *texts: str) -> None:
-        self.texts = texts or (" a", " cat", "s", " Dog", " it", "'s", " é")
+        self.texts = texts or (" a", " cat", "s", " Dog", " it", "'s", " é", "é")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -227,9 +227,12 @@ def test_vocabulary_keeps_the_llms_tokens_and_spells_them() -> None:
 
 
 def test_han_characters_are_tokens_by_themselves() -> None:
-    tokenizer = Words("你", "好", " a", "了", "您")
-    vocabulary = Vocabulary.of(tokenizer, r"[\u4e00-\u9fff]| [a-z]+")
+    tokenizer = Words("你", "好", " a", "了", " go", "o", "g", " é", "é")
+    vocabulary = Vocabulary.of(tokenizer, r"[\u4e00-\u9fff]|[a-z]| a")
     assert vocabulary.encode(tokenizer, "你好，A 好了") == [0, 1, 2, 1, 3]
+    assert vocabulary.encode(tokenizer, "GO你") == [5, 4, 0]  # spelled
+    with pytest.raises(ValueError, match="outside the vocabulary: \\['é'\\]"):
+        vocabulary.encode(tokenizer, "é")
 
 
 def test_matching_learns_the_llms_own_embeddings() -> None:

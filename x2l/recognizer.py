@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,19 @@ class Vocabulary:
     def encode(self, tokenizer: Any, text: str) -> list[int]:
         """The tokens of a transcript in `spoken_form`: each word after a space, each Han character by itself.
 
+        A token that the vocabulary lacks is spelled, if the vocabulary has its letters.
+
         Raises:
             ValueError: the transcript is empty, or holds a token outside the vocabulary; the message names it.
         """
         index = self._index
         pieces = [piece if re.match(f"[{HAN}]", piece) else f" {piece.strip()}" for piece in SPOKEN.findall(spoken_form(text))]
-        ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
+        def tokens(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        whole = [i for piece in pieces for i in tokens(piece)]
+        ids = [j for i in whole for j in ([i] if i in index else chain(*map(tokens, tokenizer.decode([i]).strip())))]
         foreign = [tokenizer.decode([i]) for i in ids if i not in index]
         if foreign or not ids:
             raise ValueError(f"the transcript {text!r} has no tokens, or tokens outside the vocabulary: {foreign}")
