@@ -76,6 +76,11 @@ def test_shards_are_cut_by_size_and_reproducible(tmp_path: Path) -> None:
         write_shards([], tmp_path / "c", "train")
 
 
+def test_rows_of_text_alone_are_read_back(tmp_path: Path) -> None:
+    records = [Record("a", {"zh": ["狗"]}), Record("b", {"messages": [{"role": "user", "content": "hi"}]})]
+    assert list(read_source([str(path) for path in write_shards(records, tmp_path, "text")])) == records
+
+
 def test_a_failure_leaves_no_shard_under_its_name(tmp_path: Path) -> None:
     def failing() -> object:
         yield Record("a", {"x": 1}, {"bin": b"1"})

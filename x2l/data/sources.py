@@ -92,8 +92,11 @@ class TarRow(NamedTuple):
         with open(self.path, "rb") as file:
             blobs = {ext: _read_at(file, offset, size) for ext, offset, size in self.members}
         fields = _parse(blobs.pop("json"))
-        if not blobs and "messages" not in fields:
+        text_only = fields.get("media") == {}  # it says so; otherwise its media are lost
+        if not blobs and not text_only and "messages" not in fields:
             raise DataError("no media beside its json")
+        if text_only:
+            del fields["media"]
         return Record(self.key, fields, blobs)
 
 

@@ -188,8 +188,9 @@ def write_shards(records: Iterable[Record], out: Path, name: str, shard_bytes: i
 
 
 def add_member(tar: tarfile.TarFile, record: Record) -> None:
-    """Append the record's files to an open shard."""
-    blobs = record.media | {"json": json.dumps(record.fields, ensure_ascii=False).encode()}
+    """Append the record's files to an open shard; a record without media says so."""
+    fields = record.fields if record.media else record.fields | {"media": {}}
+    blobs = record.media | {"json": json.dumps(fields, ensure_ascii=False).encode()}
     for ext, blob in blobs.items():
         info = tarfile.TarInfo(f"{record.key}.{ext}")
         info.size = len(blob)
