@@ -31,7 +31,7 @@ from x2l.serve.job import Job
 
 log = logging.getLogger(__name__)
 KEY_VARIABLE = "X2L_VLLM_KEY"  # environment variable with the key that vLLM asks for, if it asks for one
-TIMEOUT = {"connect": 5.0, "write": 30.0, "read": 120.0, "pool": 5.0}  # seconds; read = from one token to the next
+TIMEOUT = {"connect": 5.0, "write": 30.0, "read": 300.0, "pool": 5.0}  # seconds; read = to the next token
 TICK, WATCH = 0.05, 5.0  # seconds between looks at what clients gave up, and at whether vLLM answers
 BROKEN = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError)
 GONE = "the LLM server has stopped answering"
@@ -79,18 +79,18 @@ class Upstream:
     async def answers(self) -> bool:
         """Whether the server can be reached."""
         try:
-            await self._json("GET", "models")
+            async with asyncio.timeout(WATCH):
+                await self._json("GET", "models")
         except (*BROKEN, EngineError, Busy, ValueError):
             return False
         return True
 
-    async def tokens(self, options: dict[str, Any]) -> AsyncGenerator[list[int], None]:
-        """Token ids as they come.
+    async def tokens(self, body: bytes) -> AsyncGenerator[list[int], None]:
+        """Token ids as they come, for a streamed completion.
 
         Raises:
             Busy, EngineError: the server is full, or refuses or breaks off; its own words go to the log.
         """
-        body = {"model": self.model, "stream": True, "return_token_ids": True, **options}
         async with self.pool.stream("POST", **self._request("completions", body)) as response:
             if response.status != 200:
                 raise _refusal(response.status, await response.aread())
@@ -115,14 +115,13 @@ class Upstream:
         return dict(choice["logprobs"]["top_logprobs"][0])
 
     async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        response = await self.pool.request(method, **self._request(path, body))
+        response = await self.pool.request(method, **self._request(path, json.dumps(body).encode() if body else None))
         if response.status != 200:
             raise _refusal(response.status, response.content)
         return json.loads(response.content)
 
-    def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        content = None if body is None else json.dumps(body).encode()
-        return {"url": f"{self.url}/{path}", "headers": self.headers, "content": content, "extensions": {"timeout": TIMEOUT}}
+    def _request(self, path: str, body: bytes | None) -> dict[str, Any]:
+        return {"url": f"{self.url}/{path}", "headers": self.headers, "content": body, "extensions": {"timeout": TIMEOUT}}
 
 
 class VllmEngine(Engine):
@@ -184,7 +183,7 @@ class VllmEngine(Engine):
             job = self._filling = self._waiting.popleft()
         try:
             self._embed(job)
-            options = self._options(job)
+            body = self._body(job)
         except Exception as error:
             self._reject(error)
             return
@@ -192,12 +191,16 @@ class VllmEngine(Engine):
         with self._wake:
             self._filling, job.embeds = None, None
             self._active.append(job)
-            self._calls[id(job)] = asyncio.run_coroutine_threadsafe(self._ask(job, options), self._loop)
+            self._calls[id(job)] = asyncio.run_coroutine_threadsafe(self._ask(job, body), self._loop)
 
-    def _options(self, job: Job) -> dict[str, Any]:
+    def _body(self, job: Job) -> bytes:
+        """The request, megabytes of JSON where a prompt is long: made in this thread, so that the other one goes on reading."""
         assert job.embeds is not None
         decode = job.decode
-        return {
+        options = {
+            "model": self.upstream.model,
+            "stream": True,
+            "return_token_ids": True,
             "prompt_embeds": encoded(job.embeds[0]),
             "max_tokens": min(job.limit, self.context - job.prompt_length),
             "stop_token_ids": sorted(self.stops),
@@ -210,6 +213,7 @@ class VllmEngine(Engine):
             "seed": decode.seed,
             **({"cache_salt": job.owner} if job.owner else {}),  # prefixes are reused for the same owner only
         }
+        return json.dumps(options).encode()
 
     def _retain(self, staying: list[Job]) -> None:
         stay = {id(job) for job in staying}
@@ -219,10 +223,10 @@ class VllmEngine(Engine):
 
     # --- in the network's thread ------------------------------------------------------------------------------------
 
-    async def _ask(self, job: Job, options: dict[str, Any]) -> None:
+    async def _ask(self, job: Job, body: bytes) -> None:
         error: Exception = EngineError("the LLM server ended an answer early")
         try:
-            async with aclosing(self.upstream.tokens(options)) as tokens:
+            async with aclosing(self.upstream.tokens(body)) as tokens:
                 async for ids in tokens:
                     if self._take(job, ids):
                         return
