@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx2 as httpx
@@ -59,12 +60,13 @@ def running(
     engine: EngineConfig | None = None,
     seconds: float = 300.0,
     make: Callable[..., Engine] = Engine,
+    others: Mapping[str, Engine] = MappingProxyType({}),
     **config: Any,
 ) -> Iterator[Running]:
     """Serve until the block ends, with one key."""
     pool = DecoderPool(1, seconds, BOUNDS)
     one = make(assistant, engine or EngineConfig(), pool)
-    gate = create_app(one, ServerConfig(**({"api_keys": [KEY]} | config)), pool)
+    gate = create_app(one, ServerConfig(**({"api_keys": [KEY]} | config)), pool, others)
     server = Server(gate, "127.0.0.1", 0, grace=10)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -24,7 +24,7 @@ import pytest
 import soundfile
 import torch
 from conftest import picture, tiny_model
-from serving import KEY, Running, data_url, image_part, rss, running, served
+from serving import KEY, Running, check_error, data_url, image_part, rss, running, served
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -247,6 +247,8 @@ def test_a_client_that_leaves_stops_the_computing(server: Running, stream: bool,
     while server.engine.load[1] and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.engine.stats.cancelled == cancelled + 1
+    assert server.http.get("/health").json()["cancelled"] == cancelled + 1
+    assert server.metric("x2l_engine_cancelled_total") == cancelled + 1
     while server.metric("x2l_disconnects_total") == gone and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.metric("x2l_disconnects_total") == gone + 1
@@ -277,10 +279,25 @@ def test_an_engine_exception_is_a_500_and_the_server_goes_on(server: Running, mo
         patch.setattr(server.engine._lanes, "step", broken)
         lines = server.ask("break", stream=True).text.split("\n\n")
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["type"] == "server_error"
-    assert server.http.get("/health").json() | {"decoder_restarts": 0} == {
-        "status": "ok", "engine_errors": errors + 2, "decoder_restarts": 0,
-    }  # fmt: skip
+    told = server.http.get("/health").json()
+    assert (told["status"], told["engine_errors"]) == ("ok", errors + 2)
+    assert server.metric("x2l_engine_errors_total") == errors + 2
+    assert server.metric("x2l_engine_alive") == 1
     assert server.ask("go on").status_code == 200
+
+
+def test_a_dead_engine_is_a_503_everywhere(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(model) as server:
+        monkeypatch.setattr(server.engine, "_drop", lambda: (_ for _ in ()).throw(MemoryError()))
+        for _ in range(2):  # the one that it dies on, and the next one
+            answer = server.ask("die")
+            assert answer.status_code == 503
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert check_error(503, answer.content) == "the engine has stopped"
+        health = server.http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "engine stopped")
+        assert server.http.get("/ready").status_code == 503
+        assert server.metric("x2l_engine_alive") == 0
 
 
 def test_too_many_get_429_while_health_answers(model: Assistant) -> None:

@@ -5,6 +5,7 @@ Screenshots of the browser's tests stay in artefacts/web.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -26,7 +27,8 @@ from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
 from x2l.serve.app import ServerConfig
-from x2l.serve.engine import EngineConfig
+from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.server import served_names
 from x2l.serve.web import CHINESE, add_page, knows_chinese
 from x2l.types import Part, assistant, user
 
@@ -61,8 +63,25 @@ def model(llm_folder: Path) -> Assistant:
 @pytest.fixture(scope="module")
 def site(model: Assistant) -> Iterator[Running]:
     with running(model, EngineConfig(max_new_tokens=400)) as up:
-        add_page(up.server.gate, up.engine, ServerConfig(api_keys=[KEY]))
+        add_page(up.server.gate, {"x2l": up.engine}, ServerConfig(api_keys=[KEY]))
         yield up
+
+
+@pytest.fixture(scope="module")
+def other(llm_folder: Path) -> Assistant:
+    """Another model, which does not hear, and answers otherwise."""
+    torch.manual_seed(1)
+    return Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder, image=IMAGE) | {"template": {"name": "paper"}})))
+
+
+@pytest.fixture(scope="module")
+def pair(model: Assistant, other: Assistant) -> Iterator[Running]:
+    """A server of two models, and its page."""
+    second = Engine(other, EngineConfig(max_new_tokens=400))
+    with running(model, EngineConfig(max_new_tokens=400), others={"other": second}) as up:
+        add_page(up.server.gate, {"x2l": up.engine, "other": second}, ServerConfig(api_keys=[KEY]))
+        yield up
+    second.close()
 
 
 # --- without a browser ------------------------------------------------------------------------------------------------
@@ -79,11 +98,32 @@ def test_the_page_is_open_and_the_model_is_not(site: Running) -> None:
         assert response.headers["x-content-type-options"] == "nosniff"
     assert site.http.get("/page/model", headers=strangers).status_code == 401
     facts = site.http.get("/page/model").json()
-    assert facts["reads"] == {
-        "image": "patches → QFormer → Adapter",
-        "speech": "conformer → FrozenListener → CFormer → Adapter",
-    }
-    assert (facts["model"], facts["chinese"], facts["max_new_tokens"]) == ("x2l", False, 400)
+    reads = {"image": "patches → QFormer → Adapter", "speech": "conformer → FrozenListener → CFormer → Adapter"}
+    assert facts["models"] == [{"model": "x2l", "reads": reads, "chinese": False}]
+    assert facts["max_new_tokens"] == 400
+
+
+def test_two_models_are_told_apart(pair: Running, model: Assistant, other: Assistant) -> None:
+    assert [entry["id"] for entry in pair.http.get("/v1/models").json()["data"]] == ["x2l", "other"]
+    assert pair.http.get("/v1/models/other").json()["modalities"] == ["text", "image"]
+    for name, one in (("x2l", model), ("other", other)):
+        answer = pair.ask("What is it?", model=name, max_tokens=20).json()
+        assert answer["model"] == name
+        assert answer["choices"][0]["message"]["content"] == "".join(one.stream([user("What is it?")], 20))
+        assert pair.metric(f'x2l_engine_requests_total{{model="{name}"}}') == 1
+    message = check_error(404, pair.ask("?", model="third").content)
+    assert message == "the model \"third\" does not exist; this server has 'x2l', 'other'"
+    sound = pair.http.post("/v1/audio/transcriptions", files={"file": b"x"}, data={"model": "other"})
+    assert "no speech interface" in check_error(400, sound.content)
+    assert [entry["model"] for entry in pair.http.get("/page/model").json()["models"]] == ["x2l", "other"]
+
+
+def test_names_of_two_checkpoints() -> None:
+    assert served_names(["tiny"]) == ["tiny"]
+    assert served_names(["runs/a.yaml", "tiny"]) == ["a", "tiny"]
+    assert served_names(["runs/a/model.yaml", "runs/b/model.yaml"]) == ["runs/a/model.yaml", "runs/b/model.yaml"]
+    with pytest.raises(ValueError, match="is the model itself"):
+        served_names(["tiny", "tiny"])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +219,12 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def tab(chromium: Any, site: Running) -> Iterator[Any]:
+    with visitor(chromium, site.url) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def visitor(chromium: Any, url: str) -> Iterator[Any]:
     """A fresh visitor with the key in the link, whose console must stay silent."""
     context = chromium.new_context(viewport={"width": 1000, "height": 760}, locale="en-GB")
     context.set_default_timeout(PATIENCE)
@@ -186,7 +232,7 @@ def tab(chromium: Any, site: Running) -> Iterator[Any]:
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda line: complaints.append(line.text) if "Content Security Policy" in line.text else None)
-    page.goto(f"{site.url}/#key={KEY}")
+    page.goto(f"{url}/#key={KEY}")
     page.locator("#examples button").first.wait_for()
     yield page
     context.close()
@@ -257,6 +303,64 @@ def test_a_photo_questions_edits_and_clearing(tab: Any, model: Assistant) -> Non
     tab.click("#clear")
     expect(tab.locator("article")).to_have_count(0)
     expect(tab.locator("#welcome")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_two_models_answer_next_to_each_other(chromium: Any, pair: Running, model: Assistant, other: Assistant) -> None:
+    """Each from its own conversation; what one of them cannot read is told below its name, and the other goes on."""
+    blob = photo()
+    shown = user(Part("image", bytes=blob), "What is it?")
+    with visitor(chromium, pair.url) as tab:
+        expect(tab.locator("#model")).to_have_text("x2l and other")
+        expect(tab.locator("#reads")).to_contain_text("other: patches → QFormer → Adapter")
+        tab.screenshot(path=SHOTS / "two-welcome.png")
+        add_photo(tab, blob)
+        tab.fill("#question", "What is it?")
+        tab.press("#question", "Enter")
+        first = both(tab)
+        assert first == [alone(one, shown) for one in (model, other)]
+        assert first[0] != first[1]
+        boxes = [article.bounding_box() for article in tab.locator("article.answer").all()]
+        assert boxes[0]["y"] == boxes[1]["y"]
+        assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+        tab.fill("#question", "And now?")
+        tab.press("#question", "Enter")
+        assert both(tab) == [
+            alone(one, shown, assistant(answer), user("And now?")) for one, answer in zip((model, other), first, strict=True)
+        ]
+        tab.screenshot(path=SHOTS / "two.png")
+        tab.set_viewport_size({"width": 360, "height": 700})
+        boxes = [article.bounding_box() for article in tab.locator("article.answer").all()[-2:]]
+        assert boxes[0]["x"] == boxes[1]["x"]
+        assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        tab.click("#theme")
+        tab.click("#theme")
+        tab.click("#language")
+        expect(tab.locator("#model")).to_have_text("x2l、other")
+        tab.screenshot(path=SHOTS / "two-phone-dark-chinese.png")
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        results = axe.run(tab)
+        assert results.violations_count == 0, results.generate_report()
+        tab.click("#language")
+        tab.set_viewport_size({"width": 1000, "height": 760})
+        tab.click("#clear")
+        tab.click("#record")
+        expect(tab.locator("#clock")).to_have_text("0:01")
+        tab.press("#question", "Enter")
+        both(tab)
+        problems = tab.locator("article.answer .problem")
+        expect(problems.nth(0)).to_be_hidden()
+        expect(problems.nth(1)).to_contain_text("cannot read")
+        tab.screenshot(path=SHOTS / "two-one-deaf.png")
+
+
+def both(page: Any) -> list[str]:
+    """The last question's answers, whole."""
+    answers = page.locator(".row").last.locator("article.answer")
+    for i in range(2):
+        expect(answers.nth(i)).to_have_attribute("aria-busy", "false")
+    return [said(answers.nth(i)) for i in range(2)]
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
 
 import pydantic_core
 from fastapi import FastAPI, File, Form, Request, Response, UploadFile
@@ -35,6 +36,7 @@ from x2l.serve.voice_routes import add_voice
 from x2l.types import Message, Part, user
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 }
@@ -90,17 +92,28 @@ class StrictRoute(APIRoute):
         return strict
 
 
-def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: DecoderPool | None = None) -> Gate:
-    """The ASGI application; its lifespan closes engine and pool.
+def create_app(
+    engine: Engine,
+    config: ServerConfig = ServerConfig(),
+    pool: DecoderPool | None = None,
+    others: Mapping[str, Engine] = MappingProxyType({}),
+) -> Gate:
+    """The ASGI application; its lifespan closes engines and pool.
 
     ``gate.app`` is the FastAPI application inside, to which a web page can be mounted.
+
+    Args:
+        engine: of the model ``config.model``, which takes spoken turns too.
+        others: of further models, by the name under which clients ask for them.
     """
-    metrics = Metrics(engine, pool)
+    engines = {config.model: engine, **others}
+    metrics = Metrics(engines, pool)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        engine.close()
+        for one in engines.values():
+            one.close()
         if pool is not None:
             pool.close()
 
@@ -126,30 +139,31 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig(), pool: Deco
         log.info("%s %s %d %.3f s %s", method if method.isalpha() else "?", route, status, seconds, request_id)
 
     gate = Gate(app, config.limits, config.api_keys, config.hosts, config.origins, observe)
-    _add_status(app, gate, engine, pool, metrics)
-    _add_models(app, engine, config)
-    _add_chat(app, gate, engine, config, metrics)
+    _add_status(app, gate, engines, pool, metrics)
+    _add_models(app, engines)
+    _add_chat(app, gate, engines, config, metrics)
     _hide_422(app)
     return gate
 
 
-def _add_status(app: FastAPI, gate: Gate, engine: Engine, pool: DecoderPool | None, metrics: Metrics) -> None:
+def _add_status(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], pool: DecoderPool | None, metrics: Metrics) -> None:
     def state() -> dict[str, Any]:
         return {
-            "status": engine.status,
-            "engine_errors": engine.stats.errors,
+            "status": next((engine.status for engine in engines.values() if engine.status != "ok"), "ok"),
+            "engine_errors": sum(engine.stats.errors for engine in engines.values()),
+            "cancelled": sum(engine.stats.cancelled for engine in engines.values()),
             "decoder_restarts": pool.restarts if pool else 0,
         }
 
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether the process should go on living."""
-        return JSONResponse(state(), 200 if engine.alive else 503)
+        return JSONResponse(state(), 200 if all(engine.alive for engine in engines.values()) else 503)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Whether to send requests here: not while stopping, not when the queue is full."""
-        full = engine.load[1] >= engine.capacity
+        full = any(engine.load[1] >= engine.capacity for engine in engines.values())
         reason = "stopping" if gate.draining else "busy" if full else state()["status"]
         return JSONResponse({"status": reason}, 200 if reason == "ok" else 503)
 
@@ -159,35 +173,41 @@ def _add_status(app: FastAPI, gate: Gate, engine: Engine, pool: DecoderPool | No
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_models(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
-    model = ModelOut(id=config.model, created=int(time.time()), modalities=["text", *engine.reads])
+def _add_models(app: FastAPI, engines: Mapping[str, Engine]) -> None:
+    now = int(time.time())
+    held = {name: ModelOut(id=name, created=now, modalities=["text", *engine.reads]) for name, engine in engines.items()}
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The model that this server holds."""
-        return ModelList(data=[model])
+        """The models that this server holds."""
+        return ModelList(data=list(held.values()))
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> ModelOut:
-        """The same by name."""
-        _check_model(name, config)
-        return model
+        """One of them by name."""
+        return chosen(name, held)
 
 
-def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, metrics: Metrics) -> None:
+def _add_chat(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], config: ServerConfig, metrics: Metrics) -> None:
     limits = config.limits
     fetcher = Fetcher(limits.max_file_bytes, limits.fetch_seconds) if config.allow_remote else None
-    reader = MediaReader(engine.reads, limits.max_media, limits.max_file_bytes, fetcher)
+    readers = {
+        name: MediaReader(engine.reads, limits.max_media, limits.max_file_bytes, fetcher) for name, engine in engines.items()
+    }
 
-    def how(body: AnswerRequest) -> Decode:
-        _check_model(body.model, config)
+    def how(body: AnswerRequest, engine: Engine) -> Decode:
         if body.limit is not None and body.limit > engine.config.max_new_tokens:
             raise ApiError(400, f"max_tokens is {body.limit}, the limit is {engine.config.max_new_tokens}", "max_tokens")
         return Decode(body.limit, body.temperature, body.top_p, body.seed, body.stops)
 
-    add_voice(app, gate, engine, reader, config.model, how, config.origins, metrics)
+    def voice(body: AnswerRequest) -> Decode:
+        return how(body, chosen(body.model, {config.model: engines[config.model]}))
 
-    async def first_text(request: Request, messages: list[Message], decode: Decode) -> tuple[Answer, AsyncIterator[str]]:
+    add_voice(app, gate, engines[config.model], readers[config.model], config.model, voice, config.origins, metrics)
+
+    async def first_text(
+        request: Request, engine: Engine, messages: list[Message], decode: Decode
+    ) -> tuple[Answer, AsyncIterator[str]]:
         """The answer once its first piece is there, so that whatever fails before is an HTTP error."""
         start = time.perf_counter()
         answer = await submit(engine, messages, decode, request.state.owner)
@@ -195,8 +215,8 @@ def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, me
         metrics.first_token.observe(time.perf_counter() - start)
         return answer, stream
 
-    async def whole(request: Request, messages: list[Message], decode: Decode) -> tuple[Answer, str]:
-        answer, stream = await first_text(request, messages, decode)
+    async def whole(request: Request, engine: Engine, messages: list[Message], decode: Decode) -> tuple[Answer, str]:
+        answer, stream = await first_text(request, engine, messages, decode)
         try:
             return answer, "".join([piece async for piece in stream])
         finally:
@@ -205,26 +225,27 @@ def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, me
     @app.post("/v1/chat/completions", response_model=ChatResponse)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with ``stream`` as server-sent events."""
-        decode = how(body)
+        engine = chosen(body.model, engines)
+        reader, decode = readers[body.model], how(body, engine)
 
         async def streamed() -> tuple[Answer, AsyncIterator[str]]:
-            return await first_text(request, await reader.messages(body.messages), decode)
+            return await first_text(request, engine, await reader.messages(body.messages), decode)
 
         async def at_once() -> tuple[Answer, str]:
-            return await whole(request, await reader.messages(body.messages), decode)
+            return await whole(request, engine, await reader.messages(body.messages), decode)
 
         try:
             if body.stream:
                 answer, stream = await run_or_leave(request, streamed())
                 include_usage = body.stream_options is not None and body.stream_options.include_usage
                 return StreamingResponse(
-                    events(answer, stream, config.model, include_usage, metrics.disconnects), media_type="text/event-stream"
+                    events(answer, stream, body.model, include_usage, metrics.disconnects), media_type="text/event-stream"
                 )
             answer, text = await run_or_leave(request, at_once())
         except ConnectionError:
             metrics.disconnects.inc()
             return Response(status_code=499)
-        return JSONResponse(completion(answer, text, config.model))
+        return JSONResponse(completion(answer, text, body.model))
 
     @app.post("/v1/audio/transcriptions", response_model=Transcription)
     async def transcribe(
@@ -236,7 +257,7 @@ def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, me
         temperature: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.0,
     ) -> Response:
         """What is said in a sound file."""
-        _check_model(model, config)
+        engine = chosen(model, engines)
         if "speech" not in engine.reads:
             raise ApiError(400, f"this model has no speech interface: it reads {', '.join(['text', *engine.reads])}", "model")
         blob = await file.read(limits.max_file_bytes + 1)
@@ -244,7 +265,7 @@ def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, me
             raise ApiError(400, f"the file has {len(blob)} bytes; 1 to {limits.max_file_bytes} are accepted", "file")
         spoken = [user(Part("speech", bytes=blob), TRANSCRIBE)]
         try:
-            _, text = await run_or_leave(request, whole(request, spoken, Decode(temperature=temperature)))
+            _, text = await run_or_leave(request, whole(request, engine, spoken, Decode(temperature=temperature)))
         except ConnectionError:
             metrics.disconnects.inc()
             return Response(status_code=499)
@@ -252,10 +273,12 @@ def _add_chat(app: FastAPI, gate: Gate, engine: Engine, config: ServerConfig, me
         return PlainTextResponse(text) if response_format == "text" else JSONResponse({"text": text})
 
 
-def _check_model(name: str, config: ServerConfig) -> None:
-    if name != config.model:
-        shown = json.dumps(name[:80])
-        raise ApiError(404, f"the model {shown} does not exist; this server has {config.model!r}", "model", "model_not_found")
+def chosen(name: str, held: Mapping[str, T]) -> T:
+    """What belongs to a model's name; ApiError 404 for unknown ones."""
+    if name not in held:
+        shown, names = json.dumps(name[:80]), ", ".join(map(repr, held))
+        raise ApiError(404, f"the model {shown} does not exist; this server has {names}", "model", "model_not_found")
+    return held[name]
 
 
 def _hide_422(app: FastAPI) -> None:

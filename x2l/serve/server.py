@@ -132,6 +132,18 @@ def allowed_hosts(keys: Sequence[str], hosts: Sequence[str]) -> list[str]:
     return ["127.0.0.1", "localhost", "[::1]", *hosts]
 
 
+def served_names(models: Sequence[str]) -> list[str]:
+    """Names under which clients ask for models: a recipe's file name, or all that was given where these are alike.
+
+    Raises:
+        ValueError: a model is given twice.
+    """
+    if len(set(models)) < len(models):
+        raise ValueError(f"--compare {models[-1]} is the model itself: name another one")
+    names = [Path(model).stem if model.endswith((".yaml", ".yml")) else model for model in models]
+    return names if len(set(names)) == len(names) else list(models)
+
+
 def run(
     model: str,
     host: str = "127.0.0.1",
@@ -144,8 +156,10 @@ def run(
     grace: float = 60.0,
     page: bool = False,
     vllm: str | None = None,
+    compare: str | None = None,
 ) -> None:
-    """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL.
+    """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL;
+    ``compare``: another model, which the page asks the same.
 
     Raises:
         ValueError: a public address without API keys, ``*`` among the origins, or a model that cannot be loaded.
@@ -155,8 +169,9 @@ def run(
         raise ValueError(f"--host {host} is open to others: set X2L_API_KEYS or --api-keys FILE, or use --host 127.0.0.1")
     if "*" in origins:
         raise ValueError("--origin * would let every web page use this server: name the origins")
+    names = served_names([model] if compare is None else [model, compare])
     engine_config = EngineConfig(max_batch=max_batch)
-    limits = Limits(max_requests=max_batch + engine_config.max_queue)
+    limits = Limits(max_requests=len(names) * (max_batch + engine_config.max_queue))
     bounds: dict[str, dict[str, Any]] = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
     pool = DecoderPool(seconds=limits.decode_seconds, bounds=bounds)
     try:
@@ -166,13 +181,13 @@ def run(
             from x2l.serve.vllm import connect  # a leaf too
 
             engine = connect(model, vllm, engine_config, pool)
-        name = Path(model).stem if model.endswith((".yaml", ".yml")) else model
-        config = ServerConfig(name, keys, allowed_hosts(keys, hosts), origins, allow_remote, limits)
-        gate = create_app(engine, config, pool)
+        others = {} if compare is None else {names[1]: Engine(Assistant.load(compare), engine_config, pool)}
+        config = ServerConfig(names[0], keys, allowed_hosts(keys, hosts), origins, allow_remote, limits)
+        gate = create_app(engine, config, pool, others)
         if page:
             from x2l.serve.web import add_page  # a leaf that may be deleted
 
-            add_page(gate, engine, config)
+            add_page(gate, {names[0]: engine, **others}, config)
         Server(gate, host, port, grace).run()
     finally:
         pool.close()

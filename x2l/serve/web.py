@@ -7,6 +7,7 @@ routes, limits and keys as every other client.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -28,17 +29,20 @@ HEADERS = {
 CHINESE = "今天天气很好，我们一起去公园散步。"
 
 
-def add_page(gate: Gate, engine: Engine, config: ServerConfig) -> None:
+def add_page(gate: Gate, engines: Mapping[str, Engine], config: ServerConfig) -> None:
     """Add the page to the API: ``/`` and ``/page/...``, which need no key, and ``/page/model``, which does.
 
     The files are read here, so that no request ever becomes a path.
+
+    Args:
+        engines: by model name; all of them answer each question, next to each other.
     """
     for file in files("x2l.serve").joinpath("page").iterdir():
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
         kind = TYPES[file.name.rsplit(".", 1)[1]]
         gate.open_paths.add(path)
         gate.app.add_api_route(path, _static(file.read_bytes(), kind), include_in_schema=False)
-    facts = describe(engine, config)
+    facts = describe(engines, config)
 
     @gate.app.get("/page/model", include_in_schema=False)
     async def model() -> JSONResponse:
@@ -52,24 +56,27 @@ def _static(content: bytes, kind: str) -> Any:
     return static
 
 
-def describe(engine: Engine, config: ServerConfig) -> dict[str, Any]:
-    """What the page must know: the model's name, who reads each modality, bounds, and whether it knows Chinese."""
-    assistant, limits = engine.assistant, config.limits
-    reads = {}
-    for name, part in assistant.config.modalities.items():
-        modality: Any = assistant.model.modalities[name]
-        modules = [type(module).__name__ for module in modality.interface]
-        reads[name] = " → ".join([part.encoder.name.rsplit(":", 1)[-1], *modules])
+def describe(engines: Mapping[str, Engine], config: ServerConfig) -> dict[str, Any]:
+    """What the page must know: the models, and bounds."""
+    limits = config.limits
     return {
-        "model": config.model,
-        "reads": reads,
-        "chinese": knows_chinese(assistant.tokenizer),
+        "models": [describe_model(name, engine) for name, engine in engines.items()],
         "max_media": limits.max_media,
         "max_file_bytes": limits.max_file_bytes,
         "max_body_bytes": limits.max_body_bytes,
         "max_seconds": limits.max_seconds,
-        "max_new_tokens": min(engine.config.max_new_tokens, engine.context // 2),
+        "max_new_tokens": min(min(engine.config.max_new_tokens, engine.context // 2) for engine in engines.values()),
     }
+
+
+def describe_model(name: str, engine: Engine) -> dict[str, Any]:
+    """A model's name, who reads each modality, and whether it knows Chinese."""
+    assistant, reads = engine.assistant, {}
+    for kind, part in assistant.config.modalities.items():
+        modality: Any = assistant.model.modalities[kind]
+        modules = [type(module).__name__ for module in modality.interface]
+        reads[kind] = " → ".join([part.encoder.name.rsplit(":", 1)[-1], *modules])
+    return {"model": name, "reads": reads, "chinese": knows_chinese(assistant.tokenizer)}
 
 
 def knows_chinese(tokenizer: Any) -> bool:

@@ -1,4 +1,4 @@
-// The server's routes: /page/model and streamed /v1/chat/completions.
+// The server's routes: /page/model, streamed /v1/chat/completions, /v1/voice.
 
 export class Refused extends Error {
   constructor(status, message) {
@@ -30,14 +30,24 @@ export async function* chat(body, key, signal) {
   });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new Refused(500, chunk.error.message);
-    if (chunk.usage) yield { usage: chunk.usage };
-    const choice = chunk.choices[0];
-    if (choice?.delta.content) yield { text: choice.delta.content };
-    if (choice?.finish_reason) yield { finish: choice.finish_reason };
+    yield* unpack(JSON.parse(data));
   }
   throw new Error("broken off");
+}
+
+// What a chunk of an answer holds; throws Refused where it is an error.
+export function* unpack(chunk) {
+  if (chunk.error) throw new Refused(500, chunk.error.message);
+  if (chunk.usage) yield { usage: chunk.usage };
+  const choice = chunk.choices[0];
+  if (choice?.delta.content) yield { text: choice.delta.content };
+  if (choice?.finish_reason) yield { finish: choice.finish_reason };
+}
+
+// Announces a spoken turn: {url}, the path of its WebSocket.
+export async function voice(body, key) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request("v1/voice", key, { method: "POST", headers, body })).json();
 }
 
 // The data of server-sent events; an event may be cut anywhere between two reads.

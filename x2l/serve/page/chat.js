@@ -1,17 +1,18 @@
 // The conversation: what is attached, asked, answered, edited.
 
 import * as api from "./api.js";
-import { fromFile, kindOf, megabytes, Recorder, wirePart } from "./media.js";
+import { fromFile, kindOf, megabytes, Recorder, VOICE, wirePart } from "./media.js";
 import { access, keep, openSettings, settings, takeSettings } from "./settings.js";
 import { setLanguage, t, TEXTS } from "./texts.js";
-import { $, answerArticle, attachedItem, element, hears, readsList, userArticle } from "./view.js";
+import { $, answersRow, attachedItem, element, hears, readsList, userArticle } from "./view.js";
+import { canSpeak, Voice } from "./voice.js";
 
 const AGAIN_TEMPERATURE = 0.7; // a greedy answer would only repeat itself
-let model = null; // what /page/model says
-let turns = []; // {text, media, answer, busy, problem, stopped, finish, usage, began, first, last, pieces, temperature}
+let site = null; // what /page/model says: models, of which each answers every question, and bounds
+let turns = []; // {text, media, answers}, answers: {text, busy, problem, stopped, finish, usage, began, first, last, pieces, temperature}
 let attached = [];
 let edited = null; // index of the turn that is being edited
-let running = null; // AbortController of the answer in progress
+let running = null; // AbortController of the answers in progress
 let recorder = null;
 let opening = false; // the microphone: the browser may be asking the person
 
@@ -39,31 +40,32 @@ function explain(error) {
 
 async function connect() {
   try {
-    model = await api.describe(access.key);
+    site = await api.describe(access.key);
   } catch (error) {
     notice(explain(error));
     if (error.status === 401) openSettings(explain(error));
     return false;
   }
   notice("");
-  settings.max_tokens = Math.min(settings.max_tokens, model.max_new_tokens);
-  $("max-tokens").max = model.max_new_tokens;
+  settings.max_tokens = Math.min(settings.max_tokens, site.max_new_tokens);
+  $("max-tokens").max = site.max_new_tokens;
   render();
   return true;
 }
 
-const reads = (kind) => Boolean(model && (kind === "sound" ? hears(model.reads) : model.reads[kind]));
+const some = (test) => Boolean(site?.models.some(test)); // where one of two models cannot read a file, its answer says so
+const reads = (kind) => some((model) => kind === "sound" ? hears(model.reads) : model.reads[kind]);
 
 function missing(control) {
   if (control !== "record") return reads(control) ? "" : t(`no_${control}`);
-  if (!model?.reads.speech) return t("no_record");
+  if (!some((model) => model.reads.speech)) return t("no_record");
   return navigator.mediaDevices && window.MediaRecorder ? "" : t("no_microphone");
 }
 
 function showControls() {
   for (const control of ["image", "video", "sound", "record"]) {
     const button = $(control === "record" ? "record" : `add-${control}`);
-    const reason = model ? missing(control) : "";
+    const reason = site ? missing(control) : "";
     const label = t(control === "record" ? "record" : `add_${control}`);
     button.setAttribute("aria-disabled", String(Boolean(reason))); // not disabled: the reason must be reachable by keyboard
     button.setAttribute("aria-label", reason ? `${label}: ${reason}` : label);
@@ -72,9 +74,10 @@ function showControls() {
 }
 
 function examples() {
-  const known = model.chinese || settings.language === "en";
+  const known = settings.language === "en" || some((model) => model.chinese);
   $("tongue").hidden = known;
-  const kinds = [...["image", "video", "sound"].filter(reads), ...(Object.keys(model.reads).length ? [] : ["text"])];
+  const kinds = ["image", "video", "sound"].filter(reads);
+  if (!kinds.length) kinds.push("text");
   const texts = kinds.flatMap((kind) => TEXTS[known ? settings.language : "en"][`${kind}_examples`]);
   return texts.map((text) => element("li", {}, element("button", { type: "button", lang: known ? null : "en", onclick: () => {
     $("question").value = text;
@@ -91,12 +94,14 @@ function render() {
   setLanguage(settings.language);
   showControls();
   if (recorder) $("record").setAttribute("aria-label", t("recording"));
-  $("welcome").hidden = turns.length > 0 || !model;
+  $("welcome").hidden = turns.length > 0 || !site;
   $("clear").disabled = turns.length === 0;
-  if (!model) return;
-  $("model").textContent = model.model;
-  document.title = `X2L · ${model.model}`;
-  $("reads").replaceChildren(...readsList(model.reads));
+  if (!site) return;
+  const names = site.models.map((model) => model.model).join(t("against"));
+  $("model").textContent = names;
+  document.title = `X2L · ${names}`;
+  document.body.classList.toggle("compares", site.models.length > 1);
+  $("reads").replaceChildren(...readsList(site.models));
   $("examples").replaceChildren(...examples());
   $("log").replaceChildren(...turns.flatMap(articles));
   showAttached();
@@ -104,10 +109,10 @@ function render() {
 
 function articles(turn, index) {
   const mine = userArticle(turn, () => edit(index));
-  const answer = answerArticle(model, () => again(index));
-  turn.show = () => answer.set(turn);
+  const answers = answersRow(site.models, () => again(index));
+  turn.show = () => answers.set(turn.answers);
   turn.show();
-  return [mine, answer.article];
+  return [mine, answers.row];
 }
 
 function showAttached() {
@@ -140,13 +145,13 @@ const toEnd = () => { main.scrollTop = main.scrollHeight; };
 // --- attaching ----------------------------------------------------------------------------------------------------
 
 async function add(files) {
-  if (!model) return;
+  if (!site) return;
   notice("");
   for (const file of files) {
     try {
       const kind = kindOf(file);
       if (!reads(kind)) throw new Error(missing(kind));
-      attached.push(await fromFile(file, kind, model));
+      attached.push(await fromFile(file, kind, site));
       say(file.name);
     } catch (error) {
       notice(error.message);
@@ -170,28 +175,27 @@ async function record() {
   notice("");
   if (recorder) {
     const ending = recorder;
-    recorder = null;
-    button.setAttribute("aria-pressed", "false");
-    $("clock").hidden = true;
+    release();
     try {
-      attached.push(await ending.stop());
+      attached.push(await ending.stop(spoken));
     } catch (error) {
-      notice(error.message);
+      return notice(error.message);
     }
-    showControls();
     showAttached();
-    $("question").focus();
+    if (ending instanceof Voice) await send(ending.follows ? ending : null);
     return;
   }
   if (opening) return;
   opening = true;
+  const tick = (seconds) => {
+    $("clock").textContent = `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
+    if (recorder && seconds >= site.max_seconds) record();
+  };
+  const follows = canSpeak && site.models.length === 1; // two models take the recording as a file, when it is complete
   try {
-    recorder = await Recorder.start(model, (seconds) => {
-      $("clock").textContent = `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
-      if (recorder && seconds >= model.max_seconds) record();
-    });
+    recorder = follows ? await Voice.start(spoken, access.key, site, tick) : await Recorder.start(site, tick);
   } catch (error) {
-    return notice(t("microphone_refused", { error: error.name }));
+    return notice(error.name === "Error" ? error.message : t("microphone_refused", { error: error.name }));
   } finally {
     opening = false;
   }
@@ -201,95 +205,130 @@ async function record() {
   say(t("recording"));
 }
 
+// The microphone's button as it is without a recording.
+function release() {
+  recorder = null;
+  $("record").setAttribute("aria-pressed", "false");
+  $("clock").hidden = true;
+  showControls();
+  $("question").focus();
+}
+
+function discard() {
+  recorder.close();
+  release();
+}
+
 // --- asking -------------------------------------------------------------------------------------------------------
 
-function messages(upto) {
+// The conversation of the i-th model: turns, of which the last one asks.
+function messages(list, i) {
   const talk = settings.system ? [{ role: "system", content: settings.system }] : [];
-  turns.slice(0, upto + 1).forEach((turn, i) => {
-    if (i < upto && !turn.answer) return; // a turn that failed left no trace in the conversation
+  list.forEach((turn, at) => {
+    const answer = at < list.length - 1 && turn.answers[i].text;
+    if (answer === "") return; // a turn that failed left no trace in the conversation
     const content = turn.media.map(wirePart);
     if (turn.text) content.push({ type: "text", text: turn.text });
     talk.push({ role: "user", content });
-    if (i < upto) talk.push({ role: "assistant", content: turn.answer });
+    if (answer) talk.push({ role: "assistant", content: answer });
   });
   return talk;
 }
 
-// The request's JSON; an Error says which bound it would exceed.
-function request(index, temperature) {
-  const talk = messages(index);
+// The JSON of the request to the i-th model; an Error says which bound it would exceed.
+function request(list, i, temperature, more) {
+  const talk = messages(list, i);
   const parts = talk.flatMap((message) => message.role === "user" ? message.content : []).filter((part) => part.type !== "text");
-  if (parts.length > model.max_media) throw new Error(t("too_many", { n: parts.length, limit: model.max_media }));
-  const body = JSON.stringify({ model: model.model, messages: talk, temperature, max_tokens: settings.max_tokens, stream: true,
-    stream_options: { include_usage: true } });
+  if (parts.length > site.max_media) throw new Error(t("too_many", { n: parts.length, limit: site.max_media }));
+  const body = JSON.stringify({ model: site.models[i].model, messages: talk, temperature, max_tokens: settings.max_tokens, ...more });
   const { size } = new Blob([body]);
-  if (size > model.max_body_bytes) {
-    throw new Error(t("too_much", { size: megabytes(size), limit: megabytes(model.max_body_bytes) }));
+  if (size > site.max_body_bytes) {
+    throw new Error(t("too_much", { size: megabytes(size), limit: megabytes(site.max_body_bytes) }));
   }
   return body;
 }
 
-async function send() {
+// The request to a model that follows what is being said; what is typed and attached belongs to it.
+function spoken() {
+  const asked = { text: $("question").value.trim(), media: [...attached, VOICE] };
+  return request([...turns.slice(0, edited ?? turns.length), asked], 0, settings.temperature);
+}
+
+async function send(voice = null) {
   if (running) return;
+  if (recorder instanceof Voice) return record(); // the end of speech, which sends it
   if (recorder) await record(); // what was said so far is part of the message
   const text = $("question").value.trim();
   if (!text && !attached.length) return notice(t("empty"));
-  if (!model && !await connect()) return;
+  if (!site && !await connect()) return;
   if (edited !== null) turns.length = edited;
   turns.push({ text, media: attached });
   attached = [];
   edited = null;
   $("question").value = "";
   fit();
-  await ask(turns.length - 1, settings.temperature);
+  await ask(turns.length - 1, settings.temperature, voice);
 }
 
 function again(index) {
   if (running) return;
-  const failed = turns[index].problem;
+  const failed = turns[index].answers.some((answer) => answer.problem);
   turns.length = index + 1;
   ask(index, failed ? settings.temperature : settings.temperature || AGAIN_TEMPERATURE);
 }
 
-async function ask(index, temperature) {
+const STREAM = { stream: true, stream_options: { include_usage: true } };
+
+// voice: a spoken turn whose answer the server has begun already.
+async function ask(index, temperature, voice = null) {
   const turn = turns[index];
   const control = running = new AbortController();
-  Object.assign(turn, { answer: "", busy: true, problem: "", stopped: false, finish: null, usage: null, first: null, last: null,
-    pieces: 0, temperature, began: performance.now() });
+  turn.answers = site.models.map(() => ({ text: "", busy: true, problem: "", stopped: false, finish: null, usage: null, first: null,
+    last: null, pieces: 0, temperature, began: performance.now() }));
   notice("");
   render();
   showRunning();
   toEnd();
   say(t("answering"));
-  try {
-    await receive(turn, request(index, temperature), control.signal);
-  } catch (error) {
-    if (control.signal.aborted) turn.stopped = true;
-    else turn.problem = explain(error);
-  }
-  turn.busy = false;
+  const asked = turns.slice(0, index + 1);
+  const events = (i) => voice?.events(control.signal)
+    ?? api.chat(request(asked, i, temperature, STREAM), access.key, control.signal);
+  await Promise.all(turn.answers.map((answer, i) => receive(turn, answer, () => events(i), control.signal)));
   running = null;
-  const follow = atEnd();
-  turn.show();
   showRunning();
-  if (follow) toEnd();
-  say(turn.problem || t("answered", { text: turn.answer || t("stopped") }));
+  say(turn.answers.map(told).join(" "));
   if (matchMedia("(pointer: fine)").matches) $("question").focus(); // on a phone the keyboard would hide the answer
 }
 
-async function receive(turn, body, signal) {
-  for await (const event of api.chat(body, access.key, signal)) {
-    if (event.usage) turn.usage = event.usage;
-    if (event.finish) turn.finish = event.finish;
-    if (!event.text) continue;
-    turn.last = performance.now();
-    turn.first ??= turn.last;
-    turn.pieces += 1;
-    turn.answer += event.text;
+// What is said aloud of an answer.
+function told(answer, i) {
+  const what = answer.problem || t("answered", { text: answer.text || t("stopped") });
+  return site.models.length > 1 ? `${site.models[i].model}: ${what}` : what;
+}
+
+async function receive(turn, answer, events, signal) {
+  const show = () => {
     const follow = atEnd();
     turn.show();
     if (follow) toEnd();
+  };
+  try {
+    for await (const event of events()) {
+      if (event.usage) answer.usage = event.usage;
+      if (event.finish) answer.finish = event.finish;
+      if (!event.text) continue;
+      answer.last = performance.now();
+      answer.first ??= answer.last;
+      answer.pieces += 1;
+      answer.text += event.text;
+      show();
+    }
+  } catch (error) {
+    if (signal.aborted) answer.stopped = true;
+    else answer.problem = explain(error);
   }
+  answer.busy = false;
+  show();
 }
 
 function edit(index) {
@@ -342,7 +381,8 @@ $("question").onkeydown = (event) => {
 };
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || $("dialog").open) return;
-  if (running) running.abort();
+  if (recorder) discard();
+  else if (running) running.abort();
   else if (edited !== null) cancelEdit();
 });
 $("stop").onclick = () => running?.abort();

@@ -18,7 +18,7 @@ export async function fromFile(file, kind, limits) {
   return item(kind, file.name, blob, limits);
 }
 
-async function item(kind, name, blob, limits) {
+export async function item(kind, name, blob, limits) {
   if (blob.size > limits.max_file_bytes) {
     throw new Error(t("too_large", { name, size: megabytes(blob.size), limit: megabytes(limits.max_file_bytes) }));
   }
@@ -71,7 +71,10 @@ function plainType(blob) {
   return /^[\w.+-]+\/[\w.+-]+/.exec(blob.type)?.[0] ?? "application/octet-stream";
 }
 
+export const VOICE = { kind: "voice" }; // where a recording will stand that is still being made
+
 export function wirePart(item) {
+  if (item === VOICE) return { type: "voice" };
   const type = { image: "image_url", video: "video_url", sound: "audio_url" }[item.kind];
   return { type, [type]: { url: item.data } };
 }
@@ -95,13 +98,17 @@ export class Recorder {
     this.timer = setInterval(() => ontick((performance.now() - begun) / 1000), 250);
   }
 
-  async stop() {
+  close() {
     clearInterval(this.timer);
+    for (const track of this.stream.getTracks()) track.stop();
+  }
+
+  async stop() {
     await new Promise((resolve) => {
       this.recorder.onstop = resolve;
       this.recorder.stop();
     });
-    for (const track of this.stream.getTracks()) track.stop();
+    this.close();
     const blob = new Blob(this.pieces, { type: this.recorder.mimeType });
     if (!blob.size) throw new Error(t("silent_recording"));
     return item("sound", t("speech"), blob, this.limits);

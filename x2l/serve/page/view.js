@@ -47,42 +47,56 @@ export function userArticle(turn, onedit) {
 export const hears = (reads) => reads.speech ? "speech" : reads.audio ? "audio" : null;
 
 // What an answer cost and who read what: the line below it.
-function facts(turn, model) {
+function facts(answer, model) {
   const told = [];
-  const n = turn.usage?.completion_tokens ?? turn.pieces;
+  const n = answer.usage?.completion_tokens ?? answer.pieces;
   if (n) told.push(t("tokens", { n }));
-  const seconds = (turn.last - turn.first) / 1000;
+  const seconds = (answer.last - answer.first) / 1000;
   if (n > 1 && seconds > 0) told.push(t("speed", { speed: ((n - 1) / seconds).toFixed(1) }));
-  if (turn.first) told.push(t("first", { seconds: ((turn.first - turn.began) / 1000).toFixed(2) }));
-  const counts = turn.usage?.prompt_tokens_details ?? {};
+  if (answer.first) told.push(t("first", { seconds: ((answer.first - answer.began) / 1000).toFixed(2) }));
+  const counts = answer.usage?.prompt_tokens_details ?? {};
   for (const [kind, field] of [["image", "image_tokens"], ["video", "video_tokens"], [hears(model.reads), "audio_tokens"]]) {
     if (kind && counts[field]) told.push(t("read_by", { kind: t(kind), path: model.reads[kind], n: counts[field] }));
   }
   if (counts.cached_tokens) told.push(t("cached", { n: counts.cached_tokens }));
-  if (turn.temperature) told.push(t("sampled", { t: turn.temperature }));
-  if (turn.stopped) told.push(t("stopped"));
-  if (turn.finish === "length") told.push(t("cut"));
+  if (answer.temperature) told.push(t("sampled", { t: answer.temperature }));
+  if (answer.stopped) told.push(t("stopped"));
+  if (answer.finish === "length") told.push(t("cut"));
   return told;
 }
 
-// An answer's article, with set(turn) to bring it up to date.
-export function answerArticle(model, onagain) {
+// One model's answer, with set(answer) to bring it up to date; headed by the model's name where several answer.
+function answerArticle(model, several) {
   const text = document.createTextNode("");
   const list = element("ul", { class: "facts" });
   const problem = element("p", { class: "problem", hidden: true });
-  const actions = element("div", { class: "actions" });
-  const article = element("article", { class: "answer", "aria-label": model.model },
-    element("p", { class: "bubble", dir: "auto" }, text), problem, list, actions);
+  const heading = several ? [element("p", { class: "name" }, model.model)] : [];
+  const article = element("article", { class: "answer", "aria-label": model.model }, ...heading,
+    element("p", { class: "bubble", dir: "auto" }, text), problem, list);
   return {
     article,
-    set(turn) {
-      article.setAttribute("aria-busy", String(turn.busy));
-      if (text.data !== turn.answer) text.data = turn.answer;
-      if (turn.busy) return;
-      problem.textContent = turn.problem;
-      problem.hidden = !turn.problem;
-      list.replaceChildren(...facts(turn, model).map((fact) => element("li", {}, fact)));
-      actions.replaceChildren(action(turn.problem ? "retry" : "again", onagain));
+    set(answer) {
+      article.setAttribute("aria-busy", String(answer.busy));
+      if (text.data !== answer.text) text.data = answer.text;
+      if (answer.busy) return;
+      problem.textContent = answer.problem;
+      problem.hidden = !answer.problem;
+      list.replaceChildren(...facts(answer, model).map((fact) => element("li", {}, fact)));
+    },
+  };
+}
+
+// The answers to one question, next to each other where several models give them; set(answers) brings them up to date.
+export function answersRow(models, onagain) {
+  const views = models.map((model) => answerArticle(model, models.length > 1));
+  const actions = element("div", { class: "actions" });
+  const grid = element("div", { class: models.length > 1 ? "answers several" : "answers" }, ...views.map((view) => view.article));
+  return {
+    row: element("div", { class: "row" }, grid, actions),
+    set(answers) {
+      views.forEach((view, i) => view.set(answers[i]));
+      if (answers.some((answer) => answer.busy)) return;
+      actions.replaceChildren(action(answers.some((answer) => answer.problem) ? "retry" : "again", onagain));
     },
   };
 }
@@ -93,11 +107,15 @@ export function attachedItem(item, onremove) {
   return element("li", {}, shown(item), remove);
 }
 
-// What the model reads and through which modules, and what it does not read.
-export function readsList(reads) {
+// What the models read and through which modules, and what they do not read.
+export function readsList(models) {
   const names = ["image", "video", "speech", "audio"];
   const icons = { image: "image", video: "video", speech: "mic", audio: "sound" };
-  const sorted = [...names.filter((name) => reads[name]), ...names.filter((name) => !reads[name])];
-  return sorted.map((name) => element("li", { class: reads[name] ? "yes" : "no" }, icon(icons[name]),
-    element("span", {}, t(`reads_${name}`), element("small", {}, reads[name] ?? t("not_read")))));
+  const read = (name) => models.some((model) => model.reads[name]);
+  const sorted = [...names.filter(read), ...names.filter((name) => !read(name))];
+  const path = (model, name) => model.reads[name] ?? t("not_read");
+  const each = (name) => read(name) ? models.map((model) => `${model.model}: ${path(model, name)}`) : [t("none_reads")];
+  const lines = (name) => models.length > 1 ? each(name) : [path(models[0], name)];
+  return sorted.map((name) => element("li", { class: read(name) ? "yes" : "no" }, icon(icons[name]),
+    element("span", {}, t(`reads_${name}`), ...lines(name).map((line) => element("small", {}, line)))));
 }
