@@ -18,6 +18,7 @@ from serving import is_idle
 from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
+from x2l.serve import lanes
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
 from x2l.serve.engine import Engine, EngineConfig
 from x2l.serve.store import EmbeddingStore, Prefix, PrefixStore, _common
@@ -83,6 +84,24 @@ def test_turns_reuse_states_and_change_nothing(model: Assistant, engine: Engine)
     other = engine.submit(talk, Decode(5), owner="somebody else")
     assert "".join(other) == "".join(engine.submit(talk, Decode(5)))
     assert other.usage.cached == 0
+
+
+def test_requests_of_the_same_moment_share_what_they_begin_with(model: Assistant, engine: Engine) -> None:
+    talks = [[user("One long beginning " * 8, image(RED), question)] for question in ("What?", "Who?", "Where?")]
+    answers = [engine.submit(talk, Decode(30)) for talk in talks]
+    assert ["".join(answer) for answer in answers] == [alone(model, talk, 30) for talk in talks]
+    assert [answer.usage.cached > 150 for answer in answers] == [False, True, True]
+
+
+def test_long_answers_outgrow_their_room(model: Assistant, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "ROOM", 3)
+    monkeypatch.setattr(engine, "stops", set())
+    counts = [40, 11, 25]
+    answers = [engine.submit(talk, Decode(n)) for talk, n in zip(MIXED, counts, strict=False)]
+    texts = ["".join(answer) for answer in answers]
+    assert [answer.usage.completion for answer in answers] == counts
+    monkeypatch.setattr(lanes, "ROOM", 1000)
+    assert texts == ["".join(engine.submit(talk, Decode(n))) for talk, n in zip(MIXED, counts, strict=False)]
 
 
 def test_a_changed_picture_shares_nothing_behind_it(model: Assistant, engine: Engine) -> None:

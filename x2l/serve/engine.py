@@ -258,7 +258,8 @@ class Engine:
     def _allocate(self) -> None:
         """Where the states of answers are kept."""
         with torch.inference_mode():
-            self._caches, self._lanes = Caches(self.model.llm), Lanes(self.model.llm)
+            self._caches = Caches(self.model.llm)
+            self._lanes = Lanes(self.model.llm, self._caches)
 
     def _turn(self) -> None:
         self._drop()
@@ -277,7 +278,8 @@ class Engine:
                 self._step()
         except Exception:
             self.stats.errors += 1
-            lost, self._active, self._lanes = [*self._active, *([ready] if ready else [])], [], Lanes(self.model.llm)
+            lost, self._active = [*self._active, *([ready] if ready else [])], []
+            self._lanes = Lanes(self.model.llm, self._caches)
             log.exception("a decode step failed; %d answers are lost", len(lost))
             for job in lost:
                 self._fail(job, EngineError("the model failed while answering"))
@@ -340,12 +342,10 @@ class Engine:
         if end < job.prompt_length:
             return None
         self.stats.prompt_tokens += job.prompt_length
+        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
         ended = self._append(job, self._choose(job, out.logits[:, -1]))
         self._filling = None
-        if not ended:
-            return job
-        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)
-        return None
+        return None if ended else job
 
     def _embed(self, job: Job) -> None:
         """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings."""

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from x2l.serve.store import KV
+
+ROOM = 64  # positions that are added when there is none left
 
 
 class Caches:
@@ -43,22 +44,22 @@ class Lanes:
 
     Args:
         llm: a causal LM that `Caches` accepts.
+        caches: makes its caches.
     """
 
-    def __init__(self, llm: Any):
-        self.llm = llm
+    def __init__(self, llm: Any, caches: Caches):
+        self.llm, self.caches = llm, caches
         self.lengths: list[int] = []  # positions of each row that the cache holds
         self._cache: Any = None
 
     def join(self, cache: Any, length: int) -> None:
-        """Add a row whose ``length`` positions are in ``cache`` (B = 1), which is the lanes' own from now on."""
+        """Add a row whose ``length`` positions are in ``cache`` (B = 1), from which they are copied."""
         if not self.lengths:
-            self._cache = cache
-        else:
-            width = max(*self.lengths, length)
-            for mine, new in zip(self._cache.layers, cache.layers, strict=True):
-                mine.keys = torch.cat([_widen(mine.keys, width), _widen(new.keys, width)])
-                mine.values = torch.cat([_widen(mine.values, width), _widen(new.values, width)])
+            self._cache = self.caches.load([])
+        width = max([*self.lengths, length])
+        for mine, new in zip(self._cache.layers, cache.layers, strict=True):
+            held = [] if not self.lengths else [(mine.keys, mine.values)]
+            Roomy.take(mine, [*held, (new.keys, new.values)], width)
         self.lengths.append(length)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -74,7 +75,6 @@ class Lanes:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._cache = out.past_key_values
         self.lengths = [n + 1 for n in self.lengths]
         return out.logits[:, -1]
 
@@ -88,18 +88,48 @@ class Lanes:
         """Drop all other rows, and the padding that only they needed."""
         if len(rows) == len(self.lengths):
             return
-        before = max(self.lengths)
         self.lengths = [self.lengths[row] for row in rows]
         if not rows:
             self._cache = None
             return
-        start = before - max(self.lengths)
-        index = torch.tensor(rows, device=self.llm.device)
+        width = max(self.lengths)
         for layer in self._cache.layers:
-            layer.keys = layer.keys[:, :, start:].index_select(0, index)
-            layer.values = layer.values[:, :, start:].index_select(0, index)
+            Roomy.take(layer, [(layer.keys[row : row + 1], layer.values[row : row + 1]) for row in rows], width)
 
 
-def _widen(states: Tensor, width: int) -> Tensor:
-    """(B, H, L, d) -> (B, H, width, d), zeros in front."""
-    return F.pad(states, (0, 0, width - states.shape[2], 0))
+class Roomy:
+    """Takes the place of a cache layer's ``update``: new states are written where there is room, and nothing else is copied."""
+
+    def __init__(self, layer: Any, keys: Tensor, values: Tensor, length: int):
+        self.layer, self.keys, self.values, self.length = layer, keys, values, length
+        self._show()
+
+    @classmethod
+    def take(cls, layer: Any, rows: KV, width: int) -> None:
+        """Fill a layer with copies of ``rows``' last ``width`` positions, zeros in front of the shorter ones."""
+        keys, values = _stacked([k for k, _ in rows], width), _stacked([v for _, v in rows], width)
+        layer.update, layer.is_initialized = cls(layer, keys, values, width), True
+
+    def __call__(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            self.keys, self.values = _stacked([self.keys], self.length), _stacked([self.values], self.length)
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        self.length = end
+        return self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.layer.keys, self.layer.values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.layer.keys, self.layer.values
+
+
+def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
+    """(b, H, L, d) each -> (B, H, width + ROOM, d): their ends at ``width``, zeros in front."""
+    _, heads, _, dim = rows[0].shape
+    out = rows[0].new_zeros(sum(map(len, rows)), heads, width + ROOM, dim)
+    start = 0
+    for row in rows:
+        length = min(row.shape[2], width)
+        out[start : start + len(row), :, width - length : width] = row[:, :, row.shape[2] - length :]
+        start += len(row)
+    return out
