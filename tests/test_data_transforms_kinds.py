@@ -76,6 +76,22 @@ def test_translate_captions_and_dialogues() -> None:
     assert third == ("c", "nothing to translate: no 'en' and no messages among n", True)
 
 
+def test_translate_writes_over_nothing() -> None:
+    class Counted(Dictionary):
+        def translate(self, texts: list[str], source: str, target: str) -> tuple[list[str], Counter[str]]:
+            asked.extend(texts)
+            return super().translate(texts, source, target)
+
+    asked: list[str] = []
+    rows = [Record("a", {"en": ["One."], "zh": ["一。"]}), Record("b", {"en": ["Two."]})]
+    first, second = Translate(Counted(), "en", "zh")(rows).rows
+    assert first == ("a", "'zh' holds something already: choose another field with --into", True)
+    assert (asked, second.fields["zh"]) == (["Two."], ["译Two."])  # type: ignore[union-attr]
+    (into,) = Translate(Dictionary(), "en", "zh", into="zh_mt")(rows[:1]).rows
+    assert isinstance(into, Record)
+    assert (into.fields["zh"], into.fields["zh_mt"]) == (["一。"], ["译One."])
+
+
 def test_speak_is_a_function_of_the_row(hum: None) -> None:
     voices = ["x:en-a", "x:en-b", "x:en-c", "x:zh-a"]
     rows = [Record(f"r{i}", {"text": f"question number {i}"}) for i in range(20)] + [Record("z", {"text": "图片里有几只狗？"})]

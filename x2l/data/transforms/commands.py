@@ -62,7 +62,8 @@ def translate(
     spec: Spec,
     out: Out,
     source: Annotated[str, typer.Option(help="language and field")] = "en",
-    target: Annotated[str, typer.Option(help="language and field")] = "zh",
+    target: Annotated[str, typer.Option(help="language")] = "zh",
+    into: Annotated[Optional[str], typer.Option(help="field of the result; the target's by default")] = None,  # noqa: UP045
     model: Model = None,
     url: Url = None,
     texts: Annotated[str, typer.Option(help="further fields, comma-separated: text,caption")] = "",
@@ -102,7 +103,7 @@ def translate(
 
         translator = Seq2SeqTranslator(model, beams)
     fields = [field for field in texts.split(",") if field]
-    execute(Translate(translator, source, target, fields, batch), spec, out, name, workers, engine, max_bad, price)
+    execute(Translate(translator, source, target, fields, batch, into), spec, out, name, workers, engine, max_bad, price)
 
 
 @app.command()
