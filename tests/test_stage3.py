@@ -62,7 +62,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every data set that the tiny recipes name, of a few noises and one-coloured pictures."""
     root = tmp_path_factory.mktemp("data")
     photos = {
-        f"p{i}": {"png": picture((40 * i, 9, 9)), "json": json.dumps({"en": [WORDS, "A red dog ."]}).encode()} for i in range(4)
+        f"p{i}": {
+            "png": picture((40 * i, 9, 9)),
+            "json": json.dumps({"en": [WORDS, f"A red dog {i} ."], "zh": ["一只狗。"] * 2}).encode(),
+        }
+        for i in range(4)
     }
     sounds = {f"s{i}": {"wav": noise(i), "json": json.dumps({"en": WORDS, "fold": 1}).encode()} for i in range(4)}
     said = {f"u{i}": {"wav": noise(i), "json": json.dumps({"text": "go on", "lang": "en", "spk": i}).encode()} for i in range(4)}

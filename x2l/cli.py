@@ -127,6 +127,29 @@ def train(recipe: Annotated[str, typer.Argument(help="a shipped name, or a path"
 
 
 @app.command()
+def reproduce(
+    data_root: Annotated[Path, typer.Argument(help="folder that holds flickr8k, and vsdial-mini for (d) and (e)")],
+    only: Annotated[Optional[list[str]], typer.Option(help="a finding, a to e; may be repeated")] = None,  # noqa: UP045
+    scale: Annotated[str, typer.Option(help="smoke, small, medium or full")] = "small",
+    seed: Annotated[Optional[list[int]], typer.Option(help="may be repeated; 0 and 1 by default")] = None,  # noqa: UP045
+    bilingual: Annotated[Optional[str], typer.Option(help="model recipe whose LLM writes Chinese, for (c)")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="folder of runs and tables; a killed run goes on from here")] = Path("runs/reproduce"),
+) -> None:
+    """Check the paper's findings: a table each, and whether it holds by its interval in every seed (docs/train.md).
+
+    Example:
+
+        x2l reproduce ../shared/data --only a --only b
+    """
+    from x2l.reproduce import FINDINGS
+    from x2l.reproduce import reproduce as run
+
+    logging.getLogger("x2l").setLevel(logging.INFO)
+    for line in run(only or list(FINDINGS), out, data_root, scale, seed or [0, 1], bilingual):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def info(
     recipe: Annotated[str, typer.Argument(help="a model or training recipe: a shipped name, or a path")],
     overrides: Overrides = None,

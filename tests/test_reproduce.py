@@ -1,0 +1,107 @@
+"""The findings on tiny random models: what is trained and asked of whom, resumption, verdicts by intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import picture, write_shard
+from test_stage3 import noise, root, shrunk, untrained  # noqa: F401 (root is a fixture)
+from typer.testing import CliRunner
+
+from x2l import reproduce, words
+from x2l.cli import app
+from x2l.config import load_train_config
+from x2l.eval import records
+from x2l.reproduce import FINDINGS, SCALES, Lab, verdict
+
+NAMES = ("tiny/stage1_image", "tiny/stage2_image", "tiny/stage3")
+
+
+@pytest.fixture
+def recipes(llm_folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:  # noqa: F811
+    """Tiny recipes in the place of the shipped ones, test sets, and random interfaces where the stages 2 would leave them."""
+    monkeypatch.setenv("X2L_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(words.vocabulary, "__defaults__", (1,))
+    untrained(llm_folder, tmp_path, "image", "video", "speech")
+    fields = {"en": ["A brown dog runs fast through deep white snow ."] * 5, "zh": ["一只狗在跑。"] * 5}
+    photos = {f"t{i}": {"png": picture((9, 40 * i, 90)), "json": json.dumps(fields).encode()} for i in range(4)}
+    write_shard(root / "flickr8k" / "test-0000.tar", photos)
+    spoken = {}
+    for i in range(6):
+        said = {"text": "What colour is the dog?", "kind": "colour", "lang": "en", "photo": f"t{i}", "spk": "v"}
+        turns = [{"role": "user", "content": []}, {"role": "assistant", "content": "The dog is brown."}]
+        row = json.dumps(said | {"messages": turns}).encode()
+        spoken[f"q{i}"] = {"png": picture((9, 40 * i, 90)), "wav": noise(i), "json": row}
+    write_shard(root / "vsdial-mini" / "test-0000.tar", spoken)
+    return {name: str(shrunk(name, llm_folder, root, tmp_path)) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", ["a", "b", "d", "e"])
+def test_each_finding_ends_in_a_table(name: str, recipes: dict[str, str], root: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+    lines = reproduce.reproduce([name], tmp_path / "out", root, "smoke", [0, 1], recipes=recipes)
+    assert all(line.startswith(f"({name}) ") and line.endswith((": holds", ": open", ": reversed")) for line in lines)
+    text = (tmp_path / "out" / "smoke" / f"{name}.md").read_text()
+    assert text.count("\n| ") == 2 * len(lines) + 2
+    monkeypatch.setattr(reproduce, "train", None)  # a second call trains and asks nothing
+    monkeypatch.setattr(reproduce, "predict", None)
+    assert reproduce.reproduce([name], tmp_path / "out", root, "smoke", [0, 1], recipes=recipes) == lines
+
+
+def test_transfer_trains_english_first(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
+    model = load_train_config(recipes["tiny/stage2_image"]).model.model_dump(mode="json")
+    (tmp_path / "zh.yaml").write_text(yaml.safe_dump(model))
+    lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, str(tmp_path / "zh.yaml"), recipes)
+    (found,) = FINDINGS["c"](lab)
+    assert records.read_json(found.better / "scores.json")["langs"] == ["zh"]
+    told = json.loads((tmp_path / "out/zh-transfer/seed0/config.json").read_text())
+    assert told["init"] == {"modalities.image.interface": str(tmp_path / "out/zh-english/seed0/final/image.safetensors")}
+    assert told["data"][0]["tasks"] == {"caption": {"lang": "zh", "num": 2}}
+
+
+def test_less_data_is_a_part_of_the_photos(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
+    lab = Lab(tmp_path, root, SCALES["smoke"]._replace(few=7), 0, None, recipes)
+    (source,) = reproduce.thinned(lab, lab.recipe("tiny/stage2_image").data)
+    assert (source.holdout.field, source.holdout.percent, source.holdout.part) == ("en", 7, "held_out")
+
+
+def test_stage_3_is_compared_with_what_it_starts_from(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
+    lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, None, recipes)
+    models = reproduce.around_stage3(lab)
+    before, after = ({name: part.weights for name, part in models[stage].modalities.items()} for stage in ("stage2", "stage3"))
+    assert before["image"] == str(tmp_path / "stage2_image/final/image.safetensors")
+    assert after["speech"] == str(tmp_path / "out/stage3/seed0/final/speech.safetensors")
+
+
+def test_what_is_missing_is_told_and_the_rest_runs(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "stage2_speech/final/speech.safetensors").unlink()
+    lines = reproduce.reproduce(["c", "d"], tmp_path / "out", root, "smoke", [0], recipes=recipes)
+    assert lines[0] == "(c) left out: needs an LLM that writes Chinese: --bilingual RECIPE"
+    assert "speech.safetensors: train the stages before (x2l train tiny/all)" in lines[1]
+    nowhere = reproduce.reproduce(["e"], tmp_path / "out", tmp_path, "smoke", [0], recipes=recipes)
+    assert "x2l data make vsdial-mini" in nowhere[0]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "lower_is_better", "said"),
+    [
+        ([(1, 3), (0.1, 2)], False, "holds"),
+        ([(1, 3), (-0.1, 2)], False, "open"),
+        ([(-3, -1), (-2, -0.5)], False, "reversed"),
+        ([(-3, -1), (-2, -0.5)], True, "holds"),
+        ([(1, 3)], True, "reversed"),
+        ([(-3, -1), (1, 2)], True, "open"),
+        ([(float("nan"), float("nan"))], False, "open"),
+    ],
+)
+def test_a_finding_holds_where_every_interval_does(intervals: list[Any], lower_is_better: bool, said: str) -> None:
+    assert verdict([{"low": low, "high": high} for low, high in intervals], lower_is_better) == said
+
+
+def test_unknown_names_are_told() -> None:
+    result = CliRunner().invoke(app, ["reproduce", "nowhere", "--only", "z"])
+    assert isinstance(result.exception, ValueError)
+    assert "findings are a, b, c, d, e" in str(result.exception)
