@@ -43,21 +43,22 @@ class Vllm:
         command: the ``vllm`` to run.
         llm: folder.
         log: file for what it says.
+        flags: more of them.
 
     Raises:
         RuntimeError: it ended, or does not answer in time.
     """
 
-    def __init__(self, command: str, llm: Path, log: Path):
+    def __init__(self, command: str, llm: Path, log: Path, *flags: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/v1"
-        flags = ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", "2048", "--no-enable-prefix-caching"]
+        common = ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", "2048", "--no-enable-prefix-caching"]
         one_thread = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [command, "serve", str(llm), *flags, "--host", "127.0.0.1", "--port", str(port)],
+                [command, "serve", str(llm), *common, *flags, "--host", "127.0.0.1", "--port", str(port)],
                 env=os.environ | one_thread | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
                 stdout=out,
                 stderr=subprocess.STDOUT,

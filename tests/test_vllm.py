@@ -422,7 +422,7 @@ def test_vllm_itself_gives_the_engine_s_tokens(tmp_path: Path, monkeypatch: pyte
     talks = [[user(image(photo), question)] for photo in photos for question in QUESTIONS]
     talks += [[user(text)] for text in ("Why is the sky blue?", "List three colours.", "How do I boil an egg?", "What is gravity?")]
     export_vllm("tiny", [], tmp_path / "out")
-    vllm = Vllm(command, tmp_path / "out" / "llm", tmp_path / "log")
+    vllm = Vllm(command, tmp_path / "out" / "llm", tmp_path / "log", "--enforce-eager")  # no compiler: it starts in a minute
     try:
         behind = connect("tiny", vllm.url, EngineConfig())
         theirs = token_ids(behind, talks, 32)
