@@ -64,8 +64,10 @@ def test_transfer_trains_english_first(recipes: dict[str, str], root: Path, tmp_
 
 def test_less_data_is_a_part_of_the_photos(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
     lab = Lab(tmp_path, root, SCALES["smoke"]._replace(few=7), 0, None, recipes)
-    (source,) = reproduce.thinned(lab, lab.recipe("tiny/stage2_image").data)
+    sources = lab.recipe("tiny/stage2_image").data
+    (source,) = reproduce.thinned(lab, sources, few=True)
     assert (source.holdout.field, source.holdout.percent, source.holdout.part) == ("en", 7, "held_out")
+    assert reproduce.thinned(lab, sources, few=False) == sources
 
 
 def test_stage_3_is_compared_with_what_it_starts_from(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811

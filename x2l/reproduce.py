@@ -7,7 +7,7 @@ every seed, the whole 95 % interval of the paired difference lies on the side th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,16 +30,18 @@ class Scale(NamedTuple):
     steps: int  # of stage 2
     instruct: int  # of stage 3
     batch: int  # photos a step of stages 2 and 3
-    few: int  # percent of the photos that "less data" is
+    photos: int  # percent of the training photos
+    few: int  # percent of them that "less data" is
     items: int  # test questions
 
 
 SCALES = {
-    "smoke": Scale(2, 2, 2, 2, 80, 4),
-    "small": Scale(60, 30, 20, 6, 3, 48),
-    "medium": Scale(300, 200, 100, 12, 5, 200),
-    "full": Scale(550, 600, 400, 20, 10, 500),
+    "smoke": Scale(2, 2, 2, 2, 100, 80, 4),
+    "small": Scale(60, 30, 20, 6, 10, 1, 48),
+    "medium": Scale(300, 200, 100, 12, 50, 5, 200),
+    "full": Scale(550, 600, 400, 20, 100, 10, 500),
 }
+WORDS_BATCH = 4  # photos a step of stage 1 for each of stage 2
 
 
 class Missing(RunError):
@@ -119,20 +121,22 @@ def image_arm(lab: Lab, arm: str, init: Path | None, lang: str = "en", few: bool
     cfg = lab.recipe("tiny/stage2_image")
     start = {} if init is None else {"modalities.image.interface": str(init / "image.safetensors")}
     data = [source.model_copy(update={"tasks": {"caption": {"lang": lang, "num": 2}}}) for source in cfg.data]
-    changes = {"init": start, "data": thinned(lab, data) if few else data, "model": model or cfg.model, "fresh": ["image"]}
+    changes = {"init": start, "data": thinned(lab, data, few), "model": model or cfg.model, "fresh": ["image"]}
     return lab.train(arm, cfg, lab.scale.steps, lab.scale.batch, **changes)
 
 
 def words_arm(lab: Lab, arm: str, few: bool = False) -> Path:
     """Stage 1 of the image interface."""
     cfg = lab.recipe("tiny/stage1_image")
-    data = thinned(lab, cfg.data) if few else cfg.data
-    return lab.train(arm, cfg, lab.scale.words, cfg.batch_size, data=data)
+    return lab.train(arm, cfg, lab.scale.words, WORDS_BATCH * lab.scale.batch, data=thinned(lab, cfg.data, few))
 
 
-def thinned(lab: Lab, sources: Iterable[Any]) -> list[Any]:
-    """A few percent of each source's photos, drawn by a hash of their captions."""
-    part = HoldoutConfig(field="en", percent=lab.scale.few, part="held_out")
+def thinned(lab: Lab, sources: Sequence[Any], few: bool) -> list[Any]:
+    """The scale's share of each source's photos, drawn by a hash of their captions."""
+    percent = lab.scale.few if few else lab.scale.photos
+    if percent == 100:
+        return list(sources)
+    part = HoldoutConfig(field="en", percent=percent, part="held_out")
     return [source.model_copy(update={"holdout": part}) for source in sources]
 
 
@@ -154,7 +158,7 @@ def more_data(lab: Lab) -> list[Comparison]:
     """(b) More image-text pairs make a better interface, at an equal number of steps."""
     few = image_arm(lab, "few", words_arm(lab, "words-few", few=True), few=True)
     better = captions(lab, "init", image_arm(lab, "init", words_arm(lab, "words")))
-    return [Comparison(f"all photos > {lab.scale.few} % of them", "CIDEr", better, captions(lab, "few", few))]
+    return [Comparison(f"{lab.scale.photos} % of the photos > {lab.scale.few} %", "CIDEr", better, captions(lab, "few", few))]
 
 
 def transferred(lab: Lab) -> list[Comparison]:
