@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import picture, tiny_model
 from serving import check_error, image_part, is_idle, running
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from x2l.assistant import Assistant
@@ -404,6 +404,13 @@ def test_tables_are_found_under_the_names_of_published_files(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").unlink()
     save_file({"wpe.weight": torch.zeros(8, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"holds transformer\.wte\.weight"):
+        read_table(tmp_path)
+
+
+def test_llms_that_scale_their_embeddings_are_refused(tmp_path: Path) -> None:
+    gemma = Gemma3TextConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    gemma.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no plain table"):
         read_table(tmp_path)
 
 
