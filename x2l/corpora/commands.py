@@ -28,7 +28,8 @@ def make(
     recipe, heard = load(name), list[Heard]()
     if isinstance(recipe, VSDialRecipe):
         lines = make_vsdial(recipe, data_root, out, photos, workers, max_samples)
-        heard = listen(read_source(str(out / "work" / "spoken-*.tar")), per_voice) if per_voice else []
+        spoken = read_source(str(out / "work" / "spoken-*.tar"))
+        heard = listen(spoken, out / "work", per_voice) if per_voice else []
     else:
         lines = make_instruct(recipe, data_root, out, vsdial)
     given = [("photos", photos), ("max-samples", max_samples)]
@@ -38,12 +39,18 @@ def make(
 
 def hear(
     spec: Annotated[list[str], typer.Argument(help="globs of spoken shards")],
+    out: Annotated[Path, typer.Option(help="folder for what was heard; run again after a kill, and it goes on")],
     per_voice: Annotated[int, typer.Option(help="utterances of each voice")] = 20,
 ) -> None:
-    """Error rate of each voice by an independent recogniser: Moonshine for English, Whisper for Mandarin."""
+    """Error rate of each voice by an independent recogniser: Moonshine for English, Whisper for Mandarin.
+
+    Example:
+
+        x2l data hear 'spoken/*.tar' --out heard
+    """
     from x2l.corpora.hear import UNITS
     from x2l.corpora.hear import hear as run
     from x2l.data.sources import read_source
 
-    for voice, lang, num, rate in run(read_source(spec), per_voice):
+    for voice, lang, num, rate in run(read_source(spec), out, per_voice):
         typer.echo(f"{voice:24} {num:4} utterances  {UNITS[lang]} {100 * rate:5.1f} %")

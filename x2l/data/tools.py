@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from x2l.data.media import MediaError, decode_audio, decode_image
-from x2l.data.sources import DataError, Issues, Record, Source, read_source
+from x2l.data.sources import DataError, Issues, Record, Row, Source, read_source
 from x2l.data.tasks import EXTENSIONS, HAN
 from x2l.data.video import check_video
 
@@ -128,7 +128,7 @@ def stats(spec: str | Sequence[str], plot: str | Path | None = None) -> dict[str
     """
     values: dict[str, list[float]] = defaultdict(list)
     source = read_source(spec)
-    for record in source:
+    for record in tqdm(source, total=len(source), desc="stats", unit="row"):
         try:
             sizes, texts = check_media(record.media), texts_of(record.fields)
         except MediaError as error:
@@ -171,7 +171,7 @@ def write_shards(records: Iterable[Record], out: Path, name: str, shard_bytes: i
     if existing := sorted(out.glob(f"{name}-[0-9]*.tar")):
         raise DataError(f"{existing[0]} exists: remove it, or choose another folder or name")
     paths: list[Path] = []
-    rest = iter(records)
+    rest = iter(tqdm(records, desc=name, unit="row", mininterval=1))
     for number, record in enumerate(rest):
         path = out / f"{name}-{number:04d}.tar"
         partial = path.with_suffix(".partial")
@@ -219,23 +219,24 @@ def split(spec: str | Sequence[str], out: str | Path, by: str, fractions: dict[s
     if abs(sum(fractions.values()) - 1) > 1e-6:
         raise DataError(f"fractions must sum to 1, got {fractions}")
     source = read_source(spec)
-    parts: dict[str, list[int]] = {part: [] for part in fractions}
-    for i, record in _readable(source):
+    parts: dict[str, list[Row]] = {part: [] for part in fractions}
+    for row, record in readable(source):
         group = _digest(record) if by == "image" else record.fields.get(by)
         if group is None:
             raise DataError(f"{record.key} has no field {by!r} to split by, only {', '.join(record.fields)}")
-        parts[_part(f"{seed}/{group}", fractions)].append(i)
+        parts[_part(f"{seed}/{group}", fractions)].append(row)
     if empty := [part for part, rows in parts.items() if not rows]:
         raise DataError(f"nothing falls into {', '.join(empty)}: too few groups of {by!r} for such fractions")
-    return {part: write_shards((source[i] for i in rows), Path(out), part) for part, rows in parts.items()}
+    return {part: write_shards((row.read() for row in rows), Path(out), part) for part, rows in parts.items()}
 
 
-def _readable(source: Source) -> Iterator[tuple[int, Record]]:
-    for i in range(len(source)):
+def readable(source: Source) -> Iterator[tuple[Row, Record]]:
+    """Rows with what they hold; those that cannot be read are counted in ``source.issues``."""
+    for row in source.rows:
         try:
-            yield i, source[i]
+            yield row, row.read()
         except DataError as error:
-            source.issues.add(source.rows[i].key, error)
+            source.issues.add(row.key, error)
 
 
 def _part(group: str, fractions: dict[str, float]) -> str:
