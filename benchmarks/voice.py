@@ -2,45 +2,42 @@
 
     python benchmarks/voice.py [recipe] [rounds]
 
-A recording is sent in real time, 40 ms a frame, to a real server on this machine, one thread of computing. The recipe's speech
-interface is untrained: what it says is nonsense, what it takes is not. Seconds are wall clock, the least of all rounds:
+The clock is the CPU time of this process, so that other load does not show: a frame of a spoken turn is due when the computing
+that was begun by then would be done on a core of its own, or at once where nothing is computed. One thread of computing; the
+engine itself, without HTTP. The recipe's speech interface is untrained: what it says is nonsense, what it takes is not.
 
     text      a text prompt of as many tokens; the template before it is known already, as it is to a server that has been up
     file      the recording as a file, sent when it is complete
     at once   a spoken turn, ended with its last sound
     pause     a spoken turn, ended half a second after its last sound, as a person who reaches for a button or an end-pointer does
-    phrases   a spoken turn whose phrases are recordings of their own, ended with its last sound
-
-Ratios are to text; for phrases, whose prompt has more tokens, to a text prompt of as many as the whole recording's all the same.
+    phrases   as at once, each phrase a recording of its own
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import statistics
+import asyncio
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
 import numpy as np
 import torch
-from websockets.sync.client import connect
 
 from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import load_train_config
 from x2l.data.media import decode_audio
-from x2l.serve.app import ServerConfig, create_app
+from x2l.serve.answer import Answer, Decode
+from x2l.serve.chat import submit
 from x2l.serve.engine import Engine, EngineConfig
 from x2l.serve.pauses import RATE, Pauses
-from x2l.serve.server import Server
 from x2l.serve.store import EmbeddingStore, PrefixStore
-from x2l.serve.voice import wav
+from x2l.serve.voice import VoiceTurn, wav
+from x2l.types import Message, Part, user
 from x2l.weights import resolve
 
 SOUND = "pypi:moonshine-voice==0.0.65/moonshine_voice/assets/two_cities.wav"
@@ -49,73 +46,82 @@ LENGTHS = (3, 6, 12)  # seconds, up to the last sound before them
 FRAME = 1280  # bytes, 40 ms
 SILENCE = 0.5  # seconds
 GOAL = 1.2
+FIRST = Decode(max_new_tokens=1)
+
+
+class Workers(ThreadPoolExecutor):
+    """Knows whether it is at work."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.given: list[Future[Any]] = []
+
+    def submit(self, *work: Any, **more: Any) -> Future[Any]:
+        self.given = [future for future in self.given if not future.done()]
+        self.given.append(super().submit(*work, **more))
+        return self.given[-1]
+
+    @property
+    def busy(self) -> bool:
+        return any(not future.done() for future in self.given)
 
 
 class Bench:
-    """A model with an untrained speech interface, its server, and a client."""
+    """An engine whose speech interface is untrained."""
 
     def __init__(self, recipe: str):
-        model = load_train_config(recipe).model
         torch.manual_seed(0)
-        assistant = Assistant(build(model))
-        assistant.model.modalities["speech"].encoder._threads = 1
-        self.engine = Engine(assistant, EngineConfig(request_seconds=1e6))
-        self.server = Server(create_app(self.engine, ServerConfig("bench")), "127.0.0.1", 0, grace=1)
-        threading.Thread(target=self.server.run, daemon=True).start()
-        while not self.server.started:
-            time.sleep(0.05)
-        self.address = f"127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-        self.http = httpx.Client(base_url=f"http://{self.address}", timeout=None)
+        self.engine = Engine(Assistant(build(load_train_config(recipe).model)), EngineConfig(request_seconds=1e6))
+        self.workers = Workers()
 
-    def forget(self) -> None:
+    @property
+    def busy(self) -> bool:
+        return self.engine.load[1] > 0 or self.workers.busy or len(asyncio.all_tasks()) > 1
+
+    async def forget(self) -> None:
         """Nothing is known but the template's beginning."""
+        while self.busy:
+            await asyncio.sleep(0.001)
         self.engine.embeddings, self.engine.prefixes = EmbeddingStore(256 << 20), PrefixStore(512 << 20)
-        self.ask("x")
+        await self.ask(user("x"))
 
-    def body(self, content: Any) -> dict[str, Any]:
-        messages = [{"role": "user", "content": content}]
-        return {"model": "bench", "messages": messages, "temperature": 0, "max_tokens": 1}
+    async def first(self, answer: Awaitable[Answer]) -> tuple[float, int]:
+        """CPU seconds to the first token, and how many tokens the prompt has."""
+        start = time.process_time()
+        ready = await answer
+        async for _ in ready:
+            break
+        return time.process_time() - start, ready.usage.prompt
 
-    def ask(self, content: Any) -> tuple[float, int]:
-        """Seconds to the first token, and how many tokens the prompt has."""
-        start, first, tokens = time.perf_counter(), 0.0, 0
-        body = self.body(content) | {"stream": True, "stream_options": {"include_usage": True}}
-        with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            for line in response.iter_lines():
-                first = first or time.perf_counter() - start  # the first event leaves with the first token
-                if line.startswith("data: {") and (usage := json.loads(line[6:])["usage"]):
-                    tokens = usage["prompt_tokens"]
-        return first, tokens
+    async def ask(self, message: Message) -> tuple[float, int]:
+        return await self.first(submit(self.engine, [message], FIRST, ""))
 
-    def file(self, pcm: bytes) -> tuple[float, int]:
-        data = base64.b64encode(wav(pcm)).decode()
-        return self.ask([{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}])
-
-    def text(self, tokens: int) -> float:
+    async def text(self, tokens: int) -> float:
         """A prompt of as many tokens, whose words are new."""
         words = ["sea"]
-        while (missing := tokens - self.ask(" ".join(words))[1]) > 0:
+        while (missing := tokens - (await self.ask(user(" ".join(words))))[1]) > 0:
             words += ["the"] * missing
         assert missing == 0
-        self.forget()
-        return self.ask(" ".join(words))[0]
+        await self.forget()
+        return (await self.ask(user(" ".join(words))))[0]
 
-    def speak(self, pcm: bytes, phrases: bool = False) -> float:
-        """Seconds from the end to the first token."""
-        body = self.body([{"type": "voice"}]) | {"phrases": phrases}
-        url = self.http.post("/v1/voice", json=body).json()["url"]
-        with connect(f"ws://{self.address}{url}") as socket:
-            due = time.perf_counter()
-            for at in range(0, len(pcm), FRAME):
-                due += FRAME / 2 / RATE
-                time.sleep(max(0.0, due - time.perf_counter()))
-                socket.send(pcm[at : at + FRAME])
-            start = time.perf_counter()
-            socket.send('{"type": "end"}')
-            frames = iter(json.loads(frame) for frame in socket)
-            assert next(frames)["type"] == "end"
-            assert next(frames)["choices"], "the first chunk leaves with the first token"
-            return time.perf_counter() - start
+    async def file(self, pcm: bytes) -> float:
+        return (await self.ask(user(Part("speech", bytes=wav(pcm)))))[0]
+
+    async def speak(self, pcm: bytes, phrases: bool = False) -> float:
+        voice = user(Part("speech", bytes=b""))
+        turn = VoiceTurn(self.engine, [voice], 0, FIRST, "", self.workers, phrases=phrases)
+        await turn.begin()
+        due = now = 0.0
+        for at in range(0, len(pcm), FRAME):
+            due += FRAME / 2 / RATE
+            start = time.process_time()
+            while self.busy and now + time.process_time() - start < due:
+                await asyncio.sleep(0.0005)
+            now = max(due, now + time.process_time() - start)
+            turn.hear(pcm[at : at + FRAME])
+            await asyncio.sleep(0)  # what it begins has begun
+        return (await self.first(turn.answer()))[0]
 
 
 def cut(sound: np.ndarray, seconds: float) -> bytes:
@@ -125,35 +131,33 @@ def cut(sound: np.ndarray, seconds: float) -> bytes:
     return sound[: pauses.voiced_until].astype("<i2").tobytes()
 
 
-def main(recipe: str = "tiny/stage2_speech", rounds: int = 3) -> None:
+async def main(recipe: str = "tiny/stage2_speech", rounds: int = 3) -> None:
     torch.set_num_threads(1)
     bench = Bench(recipe)
     sound = (decode_audio(resolve(SOUND, SHA256)) * 32_767).astype(np.int16)
     silence = bytes(2 * int(SILENCE * RATE))
-    print(f"{Path(sys.argv[0]).stem}: seconds to the first token, least (median) of {rounds}; ratios to text, goal {GOAL}x")
-    print(f"{'speech':>7} {'tokens':>6} {'text':>15} {'file':>22} {'at once':>22} {'pause':>22} {'phrases':>22}")
+    print(f"{Path(sys.argv[0]).stem}: ms to the first token, least of {rounds}, and ratio to text; goal {GOAL}x")
+    print(f"{'speech':>7} {'tokens':>6} {'text':>8} {'file':>16} {'at once':>16} {'pause':>16} {'phrases':>16}")
     for seconds in LENGTHS:
         pcm = cut(sound, seconds)
-        bench.forget()
-        _, tokens = bench.file(pcm)
-        ways: dict[str, Callable[[], float]] = {
-            "text": lambda n=tokens: bench.text(n),
-            "file": lambda p=pcm: bench.file(p)[0],
-            "at once": lambda p=pcm: bench.speak(p),
-            "pause": lambda p=pcm: bench.speak(p + silence),
-            "phrases": lambda p=pcm: bench.speak(p, True),
-        }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        _, tokens = await bench.ask(user(Part("speech", bytes=wav(pcm))))
+        ways: list[Callable[[], Awaitable[float]]] = [
+            partial(bench.text, tokens),
+            partial(bench.file, pcm),
+            partial(bench.speak, pcm),
+            partial(bench.speak, pcm + silence),
+            partial(bench.speak, pcm, True),
+        ]
+        times: list[list[float]] = [[] for _ in ways]
         for _ in range(rounds):
-            for name, way in ways.items():
-                bench.forget()
-                times[name].append(way())
-        least = {name: min(taken) for name, taken in times.items()}
-        shown = [f"{least[name]:.3f} ({statistics.median(times[name]):.3f})" for name in ways]
-        ratios = ["", *(f"{least[name] / least['text']:.2f}x" for name in list(ways)[1:])]
-        row = "".join(f" {text:>15}{f' {ratio:>6}' if ratio else ''}" for text, ratio in zip(shown, ratios, strict=True))
-        print(f"{len(pcm) / 2 / RATE:6.2f}s {tokens:6d}{row}", flush=True)
+            for way, taken in zip(ways, times, strict=True):
+                await bench.forget()
+                taken.append(await way())
+        text, *others = (min(taken) for taken in times)
+        row = "".join(f" {1e3 * least:8.0f} {least / text:6.2f}x" for least in others)
+        print(f"{len(pcm) / 2 / RATE:6.2f}s {tokens:6d} {1e3 * text:8.0f}{row}", flush=True)
+    bench.engine.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *(int(rounds) for rounds in sys.argv[2:3]))
+    asyncio.run(main(*sys.argv[1:2], *(int(rounds) for rounds in sys.argv[2:3])))
