@@ -91,6 +91,31 @@ def test_remote_shards_are_fetched_once(remote: fsspec.AbstractFileSystem, tmp_p
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "data").iterdir()} == copies
 
 
+def test_a_remote_folder_of_datasets(remote: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    save_to_disk(tmp_path / "set", table())
+    for path in (tmp_path / "set").iterdir():
+        remote.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
+    check(list(read_source("memory://bucket/set")))
+
+
+def test_remote_jsonl_comes_with_its_media(remote: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    outside = tmp_path / "cache" / "data" / "secret.png"
+    rows = [{"key": "a", "media": {"png": "images/1.png"}}, {"key": "b", "media": {"png": "images/2.png"}}]
+    rows += [{"key": "c", "media": {"png": "../secret.png"}}, {"key": "d", "media": 3}]
+    talk = [{"role": "user", "content": [{"type": "image", "path": "images/1.png"}]}]
+    lines = [json.dumps(row) for row in [*rows, {"key": "e", "messages": talk}]]
+    remote.pipe_file("/bucket/rows.jsonl", "\n".join([*lines, "{"]).encode())
+    remote.pipe_file("/bucket/images/1.png", picture((1, 2, 3)))
+    remote.pipe_file("/secret.png", picture((9, 9, 9)))
+    source = read_source("memory://bucket/rows.jsonl")
+    first, last = source
+    assert (first.key, first.media) == ("a", {"png": picture((1, 2, 3))})
+    assert Path(last.fields["messages"][0]["content"][0]["path"]).read_bytes() == picture((1, 2, 3))
+    assert len(source.issues) == 4
+    assert not outside.exists()
+
+
 def test_what_cannot_be_fetched_is_named(remote: fsspec.AbstractFileSystem) -> None:
     for spec in ("memory://bucket/absent.tar", "nothing://x/a.tar"):
         with pytest.raises(DataError, match=f"cannot fetch '{spec}'"):

@@ -7,6 +7,7 @@ to the JSONL file. Reading opens, seeks and closes, so a source can be pickled a
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -275,23 +276,52 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _fetched(pattern: str) -> list[str]:
-    """Local copies of remote files under ``$X2L_CACHE/data``, made once for each version of a file."""
+    """Local copies of remote files under ``$X2L_CACHE/data``, made once for each version of them: a folder of ``datasets``
+    comes whole, a JSONL file with the media that its rows name."""
     cache = Path(os.environ.get("X2L_CACHE") or "~/.cache/x2l").expanduser() / "data"
     cache.mkdir(parents=True, exist_ok=True)
     copies = []
     try:
         system, root = fsspec.core.url_to_fs(pattern)
         for remote in sorted(system.glob(root)) or [root]:
-            version = hashlib.sha256(f"{pattern}/{remote}/{system.ukey(remote)}".encode()).hexdigest()[:16]
-            local = cache / f"{version}-{Path(remote).name}"
-            if not local.exists():
-                partial = local.with_name(f"{local.name}.{os.getpid()}.partial")
-                system.get_file(remote, str(partial))
-                os.replace(partial, local)
-            copies.append(str(local))
+            files = sorted(system.find(remote)) if system.isdir(remote) else [remote]
+            version = hashlib.sha256(f"{pattern}/{[(file, system.ukey(file)) for file in files]}".encode()).hexdigest()[:16]
+            place = cache / version
+            if not place.exists():
+                partial = place.with_name(f"{version}.{os.getpid()}.partial")
+                _fetch(system, remote, files, partial)
+                with contextlib.suppress(OSError):  # another process was first
+                    partial.rename(place)
+            copies.append(str(place / Path(remote).name))
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"cannot fetch {pattern!r}: {error}") from error
     return copies
+
+
+def _fetch(system: Any, remote: str, files: list[str], place: Path) -> None:
+    base = Path(remote).parent
+    for file in files:
+        local = place / Path(file).relative_to(base)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        system.get_file(file, str(local))
+        for name in _media_names(local) if local.suffix == ".jsonl" else ():
+            target = local.parent / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # a file that is not there makes a bad row when it is read
+                system.get_file(str(Path(file).parent / name), str(target))
+
+
+def _media_names(path: Path) -> set[str]:
+    """The files beside it that a JSONL file's rows name; none that lies elsewhere."""
+    names: set[str] = set()
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                fields = _parse(line)
+                names |= {str(name) for name in fields.get("media", {}).values()} | {str(part["path"]) for part in _parts(fields)}
+            except (DataError, AttributeError, TypeError):
+                continue  # a bad row, which is listed when it is read
+    return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
 
 
 def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
