@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from x2l.cli import app
-from x2l.config import load_train_config
+from x2l.config import load_chain_config, load_train_config
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted({line.split(" #")[0].strip() for line in re.findall(r"^    (x2l .*)$", README, re.M)})
@@ -29,6 +29,6 @@ def test_commands_parse(command: str) -> None:
         assert words, command
         assert words[0] in node.commands, f"{command}: no such command"
         node = node.commands[words.pop(0)]
-    if node.name == "train":
+    if node.name == "train" and load_chain_config(words[0], words[1:]) is None:
         load_train_config(words[0], words[1:])
     node.make_context(node.name, list(words), parent=context)
