@@ -12,7 +12,7 @@ from x2l.data.collate import raw
 from x2l.types import Message, Part, assistant, user
 
 HELP = (
-    "/image PATH attaches a photo, /speech PATH a recording · /clear forgets the conversation · /help · /exit   (图片：/image 路径)"
+    "/image, /video, /speech or /audio PATH attaches a file · /clear forgets the conversation · /help · /exit   (图片：/image 路径)"
 )
 
 
