@@ -37,7 +37,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "smoke": Scale(2, 2, 2, 2, 100, 80, 4),
-    "small": Scale(60, 30, 20, 6, 10, 1, 48),
+    "small": Scale(50, 24, 20, 6, 8, 1, 40),
     "medium": Scale(300, 200, 100, 12, 50, 5, 200),
     "full": Scale(550, 600, 400, 20, 100, 10, 500),
 }
