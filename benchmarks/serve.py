@@ -1,9 +1,12 @@
-"""The server against itself at batch 1 and against Hugging Face's generate: requests, peer, ratio and goal, in one run.
+"""The server against itself at batch 1 and against Hugging Face's generate: peer, ours, ratio and goal, in one run.
 
-    python benchmarks/serve.py [model] [tokens]
+    python benchmarks/serve.py [model] [tokens] [throughput|steps|first_token|decode ...]
 
-Real HTTP on this machine, one thread of computing. Times are CPU seconds of this process (server, engine and client together),
-so that other load does not show; ratios hold across machines, times do not. Answers run to their full length: no end token.
+Real HTTP on this machine, one thread of computing, float32. Times are CPU seconds of this process (server, engine and client
+together), minima of runs in turns, so that other load shows little; ratios hold across machines, times do not. Answers run to
+their full length: no end token. The peers of the first token, each computing everything anew as they do: the model's own parts
+in Hugging Face's way (`generate` of the LLM on embeddings), from the file on; and a `Blip2ForConditionalGeneration` with random
+weights of like size around the same LLM (ViT of 12 x 192, Q-Former of 4 x 384, 32 queries), from pixels in memory on.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from typing import Any
 
 import httpx2 as httpx
 import torch
+import transformers
 
 from x2l.assistant import Assistant
 from x2l.demo import PHOTOS
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.server import Server
 from x2l.serve.store import EmbeddingStore, PrefixStore
 from x2l.types import Part, user
@@ -57,13 +62,16 @@ class Bench:
         url = "data:image/jpeg;base64," + base64.b64encode(photo or b"").decode()
         return [*([{"type": "image_url", "image_url": {"url": url}}] if photo else []), {"type": "text", "text": question}]
 
-    def ask(self, content: Any, tokens: int | None = None) -> str:
-        body = {"model": "bench", "messages": [{"role": "user", "content": content}], "temperature": 0}
+    def ask(self, *turns: Any, tokens: int | None = None) -> str:
+        """The answer to the contents of user, assistant, user, ..."""
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(turns)]
+        body = {"model": "bench", "messages": messages, "temperature": 0}
         answer = self.http.post("/v1/chat/completions", json=body | {"max_tokens": tokens or self.tokens}).json()
         assert answer["usage"]["completion_tokens"] == (tokens or self.tokens), answer
         return str(answer["choices"][0]["message"]["content"])
 
     def forget(self) -> None:
+        time.sleep(0.3)  # the last answer's states may be on their way
         self.engine.embeddings, self.engine.prefixes = EmbeddingStore(256 << 20), PrefixStore(512 << 20)
 
 
@@ -79,52 +87,111 @@ def line(what: str, peer: float, ours: float, ratio: float, goal: float, unit: s
 
 
 def throughput(bench: Bench) -> None:
-    """Eight mixed requests one after the other, and at once."""
-    contents = [bench.content(question, bench.photos[i % 2]) for i, question in enumerate(QUESTIONS)]
-    contents += [bench.content(question, None) for question in TEXTS]
-    total = bench.tokens * len(contents)
-    bench.forget()
-    before, single = clock(lambda: [bench.ask(content) for content in contents])
-    bench.forget()
+    """Eight mixed requests one after the other, and at once: photos, text, and second turns about both."""
+    photos = [bench.content(question, bench.photos[i % 2]) for i, question in enumerate(QUESTIONS)]
+    talks: list[tuple[Any, ...]] = [(photos[0],), (photos[1],), (photos[2], "A photo.", "Tell me more."), (photos[3],)]
+    talks += [(TEXTS[0],), (TEXTS[1],), (TEXTS[2], "A dog slept.", "And then?"), (TEXTS[3],)]
 
-    def together(contents: Sequence[Any] = contents) -> list[str]:
-        with ThreadPoolExecutor(len(contents)) as threads:
-            return list(threads.map(bench.ask, contents))
+    def one_by_one() -> list[str]:
+        return [bench.ask(*talk) for talk in talks]
 
-    after, answers = clock(together)
+    def together(talks: Sequence[Any] = talks) -> list[str]:
+        with ThreadPoolExecutor(len(talks)) as threads:
+            return list(threads.map(lambda talk: bench.ask(*talk), talks))
+
+    times: dict[Callable[[], list[str]], list[tuple[float, list[str]]]] = {one_by_one: [], together: []}
+    for _ in range(2):
+        for work, measured in times.items():
+            bench.forget()
+            measured.append(clock(work))
+    (before, single), (after, answers) = (min(measured) for measured in times.values())
     same = sum(a == b for a, b in zip(single, answers, strict=True))
-    print(f"{same} of {len(contents)} answers equal to single requests (greedy, {bench.assistant.model.llm.dtype})")
+    print(f"{same} of {len(talks)} answers equal to single requests (greedy, {bench.assistant.model.llm.dtype})")
+    total = bench.tokens * len(talks)
     line("8 mixed requests, batch 1 | 8 at a time", total / before, total / after, before / after, 4.0, "tok/s")
 
 
+def steps(bench: Bench) -> None:
+    """What bounds `throughput`: a decode step of 1 and of 8 rows, and its matrix products alone."""
+    llm = bench.assistant.model.llm
+    weights = [module.weight for module in llm.modules() if isinstance(module, torch.nn.Linear)]
+
+    def products(rows: int) -> float:
+        inputs = {width: torch.randn(rows, 1, width) for width in {weight.shape[1] for weight in weights}}
+        work = lambda: [torch.nn.functional.linear(inputs[weight.shape[1]], weight) for weight in weights]  # noqa: E731
+        return 1e3 * min(clock(work)[0] for _ in range(8))
+
+    def step(rows: int) -> float:
+        lanes = Lanes(llm, Caches(llm))
+        for i in range(rows):
+            length = 60 + 5 * i
+            lanes.join(llm(input_ids=torch.full((1, length), 5), use_cache=True, logits_to_keep=1).past_key_values, length)
+        return 1e3 * min(clock(lambda: lanes.step([5] * rows))[0] for _ in range(12))
+
+    with torch.inference_mode():
+        for what, measure in (("decode step", step), ("its matrix products", products)):
+            one, eight = measure(1), measure(8)
+            line(f"{what}, 8 x 1 row | 8 rows", 8 * one, eight, 8 * one / eight, 4.0, "ms")
+
+
+def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
+    """`generate` of one token by Hugging Face's BLIP-2 around the same LLM, its prompt as long as ours."""
+    llm, queries = bench.assistant.model.llm, 32
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}
+    bridge = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
+    config = transformers.Blip2Config(
+        vision_config=sizes | {"image_size": 224, "patch_size": 16},
+        qformer_config=bridge | {"cross_attention_frequency": 1, "encoder_hidden_size": 192},
+        text_config=transformers.LlamaConfig(vocab_size=64, hidden_size=llm.config.hidden_size, num_hidden_layers=1),
+        num_query_tokens=queries,
+        image_token_index=llm.config.vocab_size - 1,
+    )
+    model = transformers.Blip2ForConditionalGeneration(config).eval()
+    model.language_model = llm
+    length = prompt.shape[1]
+    ids = torch.tensor([[config.image_token_index] * queries + [5] * (length - queries)])
+    pixels = torch.zeros(1, 3, 224, 224)
+    return lambda: model.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+
 def first_token(bench: Bench) -> None:
-    """One token about a photo: everything new, the photo known, its prompt known too; Hugging Face's generate each time anew."""
+    """One token about a photo: all new; its embeddings known; asked about before; the same prompt. The peers compute all anew."""
     photo, model = bench.photos[0], bench.assistant.model
 
-    def peer() -> Any:
-        batch = bench.assistant.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])
-        with torch.inference_mode():
-            embeds = model.embed(batch).embeds
-            return model.llm.generate(inputs_embeds=embeds, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    def embeds() -> Any:
+        return model.embed(bench.assistant.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])).embeds
 
-    def ours(prepare: Callable[[], None]) -> float:
-        times = []
-        for _ in range(3):
-            prepare()
-            times.append(clock(lambda: bench.ask(bench.content(QUESTIONS[0], photo), 1))[0])
-        return 1e3 * min(times)
+    def parts() -> Any:
+        return model.llm.generate(inputs_embeds=embeds(), max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+    questions = iter(f"{QUESTIONS[0]} {i}" for i in range(100))
+
+    def ours() -> Any:
+        return bench.ask(bench.content(QUESTIONS[0], photo), tokens=1)
+
+    def another() -> Any:
+        return bench.ask(bench.content(next(questions), photo), tokens=1)
 
     def forget_states() -> None:
         bench.engine.prefixes = PrefixStore(512 << 20)
 
-    theirs = 1e3 * min(clock(peer)[0] for _ in range(3))
-    for what, prepare, goal in (
-        ("cold", bench.forget, 1.0),
-        ("photo known", forget_states, 3.0),
-        ("prompt known", lambda: None, 3.5),
-    ):
-        mine = ours(prepare)
-        line(f"first token, HF generate | {what}", theirs, mine, theirs / mine, goal, "ms")
+    with torch.inference_mode():
+        whole = blip2(bench, embeds())
+        times: dict[str, float] = {}
+        for _ in range(5):
+            for name, prepare, work in (
+                ("parts", lambda: None, parts),
+                ("BLIP-2", lambda: None, whole),
+                ("cold", bench.forget, ours),
+                ("photo known", forget_states, ours),
+                ("another question", lambda: None, another),
+                ("prompt known", lambda: None, ours),
+            ):
+                prepare()
+                times[name] = min(times.get(name, 1e9), 1e3 * clock(work)[0])
+    for peer in ("parts", "BLIP-2"):
+        for what, goal in (("cold", 1.0), ("photo known", 3.0), ("another question", 3.5), ("prompt known", 3.5)):
+            line(f"first token, HF {peer} | {what}", times[peer], times[what], times[peer] / times[what], goal, "ms")
 
 
 def decode(bench: Bench) -> None:
@@ -139,7 +206,7 @@ def decode(bench: Bench) -> None:
         few, many = (min(clock(lambda n=n: ask(n))[0] for _ in range(2)) for n in (1, bench.tokens))
         return (bench.tokens - 1) / (many - few)
 
-    theirs, ours = rate(peer), rate(lambda n: bench.ask("Tell me about the sea.", n))
+    theirs, ours = rate(peer), rate(lambda n: bench.ask("Tell me about the sea.", tokens=n))
     line(f"decode, batch 1, HF generate | ours ({llm.dtype})", theirs, ours, ours / theirs, 1.3, "tok/s")
 
 
@@ -147,5 +214,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     bench = Bench(sys.argv[1] if len(sys.argv) > 1 else "tiny", int(sys.argv[2]) if len(sys.argv) > 2 else 48)
     print(f"{Path(sys.argv[0]).stem}: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")
-    for part in (throughput, first_token, decode):
-        part(bench)
+    parts = {part.__name__: part for part in (throughput, steps, first_token, decode)}
+    for name in sys.argv[3:] or parts:
+        parts[name](bench)
