@@ -31,6 +31,8 @@ splits:
   train:
     - {kind: image-text, path: "photos-*.tar", lang: en, num: 5, licence: CC0}
     - {kind: image-text-speech, path: "vsdial:train-*.tar", lang: zh, num: 3, licence: CC0}
+  test:
+    - {kind: image-text, path: "photos-*.tar", lang: zh, licence: CC0}
 """
 
 
@@ -103,7 +105,8 @@ def test_make_both_sets_with_their_cards(tmp_path: Path, asked: list[int], monke
     card = (tmp_path / "set" / "README.md").read_text()
     assert "train: 8 samples" in card
     assert "image-text-speech, zh: 3" in card
-    assert "- CC0: 8 samples" in card
+    assert "test: 40 samples" in card
+    assert "- CC0: 48 samples" in card
     for folder in ("vsd", "set"):
         assert "of which bad: 0" in x2l("validate", tmp_path / folder / "*.tar")
 

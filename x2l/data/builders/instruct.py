@@ -93,15 +93,15 @@ def build_instruct(parts: list[Part], out: Path, split: str = "train", seed: int
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"{split}-[0-9]*.tar"):
         old.unlink()
-    return write_shards(_samples(parts, seed), out, split)
+    return write_shards(_samples(parts, split, seed), out, split)
 
 
-def _samples(parts: list[Part], seed: int) -> Iterator[Record]:
+def _samples(parts: list[Part], split: str, seed: int) -> Iterator[Record]:
     plan = [(number, row) for number, part in enumerate(parts) for row in _chosen(part, number, seed)]
     random.Random(seed).shuffle(plan)
     for number, row in plan:
         part = parts[number]
-        key = f"{part.kind}-{part.lang}-{number}-{row:07d}"
+        key = f"{split}-{part.kind}-{part.lang}-{number}-{row:07d}"
         try:
             record = part.source[row]
             content, answer, media = KINDS[part.kind](record, part, rng_of(seed, key))
