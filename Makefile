@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo web train reproduce test lint clean
+.PHONY: demo web train reproduce test harness lint clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/x2l: pyproject.toml
@@ -52,11 +52,11 @@ test: $(BIN)/pytest  ## everything that needs no GPU, in one go
 	$(BIN)/pytest -m 'not gpu'
 
 .venv-harness/installed: tests/harness.txt $(BIN)/pytest
-	$(PYTHON) -m venv --clear .venv-harness
+	$(BIN)/python -m venv --clear .venv-harness
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		> $$(.venv-harness/bin/python -c 'import site; print(site.getsitepackages()[0])')/x2l.pth
 	.venv-harness/bin/pip install -q --no-deps lmms-eval==0.7.3 lm-eval==0.4.13
-	.venv-harness/bin/pip install -q -r tests/harness.txt 2> /dev/null
+	.venv-harness/bin/pip install -q --no-warn-conflicts -r tests/harness.txt
 	@touch $@
 
 harness: .venv-harness/installed  ## our models through the unmodified lmms-eval and lm-eval, on local tasks

@@ -34,13 +34,13 @@ SHOWN_BY = {
     "E7": ["judge.test_kill_and_resume"],
     "E8": ["judge.test_position_bias"],
     "E9": ["caption.test_bootstrap_seed_and_clusters", "judge.test_intervals_cluster_by_image"],
-    "E11": ["judge.test_translation_is_stored_and_not_repeated"],
+    "E11": ["judge.test_translation_is_stored_and_not_repeated", "judge.test_chinese_answers_are_judged_in_english"],
     "E13": ["asr.test_a_missing_utterance_costs", "commands.test_strict_score_exits_non_zero"],
     "E15": ["asr.test_published_names_are_for_whole_sets", "acceptance.test_a_part_of_aishell_2_is_not_its_test_set"],
     "E16": ["commands.test_greedy_text_does_not_depend_on_the_batch"],
     "E18": ["caption.test_score_again_without_a_model", "acceptance.test_scores_come_again_where_no_model_can_be_loaded"],
     "E19": ["caption.test_one_character_of_the_prompt_is_another_request", "judge.test_one_character_asks_anew"],
-    "E20": ["harness.test_lmms_eval", "harness.test_lm_eval"],
+    "E20": ["harness.test_lmms_eval", "harness.test_lmms_eval_finds_us_by_its_own_command", "harness.test_lm_eval"],
 }
 
 

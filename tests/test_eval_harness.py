@@ -1,12 +1,18 @@
 """E20: a real (tiny, random) X2L model through the unmodified lmms-eval and lm-eval, on local fixture tasks.
 
-Slow, because importing the two harnesses takes half a minute; skipped where they are not installed.
+Slow, because importing the two harnesses takes half a minute; skipped where they are not installed, which ``make harness``,
+their own environment, does not allow.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_llm, make_tokenizer, picture, tiny_model
@@ -17,6 +23,12 @@ from x2l.config import load_model_config
 from x2l.types import Part, Sample, user
 
 pytestmark = pytest.mark.slow
+
+
+def need(name: str) -> Any:
+    """A module of a harness; without it the test is skipped, or fails under ``make harness``."""
+    return import_module(name) if os.environ.get("X2L_HARNESS") else pytest.importorskip(name)
+
 
 LMMS_TASK = """
 task: x2l_fixture
@@ -66,12 +78,17 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llm")
     make_llm().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    recipe = folder / "model.yaml"
-    recipe.write_text(json.dumps(tiny_model(folder)))
+    path = folder / "model.yaml"
+    path.write_text(json.dumps(tiny_model(folder)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def assistant(recipe: Path) -> Assistant:
     return Assistant(build(load_model_config(str(recipe), [])))
 
 
@@ -81,23 +98,28 @@ def write_rows(folder: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
+def write_lmms_task(folder: Path, assistant: Assistant) -> None:
+    """Three questions about three pictures; the model answers two of them as expected."""
+    rows = []
+    for i, colour in enumerate([(250, 0, 0), (0, 250, 0), (0, 0, 250)]):
+        (folder / f"{i}.png").write_bytes(picture(colour))
+        question = "What?" * (i + 1)
+        expected = assistant.generate_text([Sample("0", (user(Part("image", bytes=picture(colour)), question),))], 4)[0]
+        answer = expected.split("\n")[0] if i else "no model says this"
+        rows.append({"image": str(folder / f"{i}.png"), "question": question, "answer": answer})
+    (folder / "x2l_fixture.yaml").write_text(LMMS_TASK.format(data=write_rows(folder, rows)))
+    (folder / "fixture.py").write_text(LMMS_FUNCTIONS)
+
+
 def test_lmms_eval(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = pytest.importorskip("lmms_eval.evaluator")
+    evaluator = need("lmms_eval.evaluator")
     from lmms_eval.models.registry_v2 import ModelRegistryV2
     from lmms_eval.tasks import TaskManager
 
     from x2l.eval import harness_lmms
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    rows = []
-    for i, colour in enumerate([(250, 0, 0), (0, 250, 0), (0, 0, 250)]):
-        (tmp_path / f"{i}.png").write_bytes(picture(colour))
-        question = "What?" * (i + 1)
-        expected = assistant.generate_text([Sample("0", (user(Part("image", bytes=picture(colour)), question),))], 4)[0]
-        answer = expected.split("\n")[0] if i else "no model says this"
-        rows.append({"image": str(tmp_path / f"{i}.png"), "question": question, "answer": answer})
-    (tmp_path / "x2l_fixture.yaml").write_text(LMMS_TASK.format(data=write_rows(tmp_path, rows)))
-    (tmp_path / "fixture.py").write_text(LMMS_FUNCTIONS)
+    write_lmms_task(tmp_path, assistant)
 
     registry = ModelRegistryV2()
     registry.register_manifest(harness_lmms.manifest())
@@ -111,8 +133,25 @@ def test_lmms_eval(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.Mon
     assert results["results"]["x2l_fixture"]["exact,none"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.timeout(900)
+def test_lmms_eval_finds_us_by_its_own_command(recipe: Path, assistant: Assistant, tmp_path: Path) -> None:
+    """Its own program finds the installed entry point, loads a recipe by it (with random interfaces), and stores answers."""
+    need("lmms_eval")
+    write_lmms_task(tmp_path, assistant)
+    out = tmp_path / "out"
+    arguments = ["--model", "x2l", "--model_args", f"model={recipe}", "--tasks", "x2l_fixture", "--include_path", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *arguments, "--output_path", str(out), "--log_samples"],
+        check=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    (samples,) = out.rglob("*samples*.jsonl")
+    answers = [json.loads(line)["filtered_resps"][0] for line in samples.read_text().splitlines()]
+    assert len(answers) == 3
+    assert all(isinstance(answer, str) and answer for answer in answers)
+
+
 def test_lm_eval(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = need("lm_eval")
     from lm_eval.tasks import TaskManager
 
     from x2l.eval.harness_lm import language_model

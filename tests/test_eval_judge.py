@@ -272,21 +272,69 @@ def test_intervals_cluster_by_image():
 # E11, E18, E19
 
 
+class Identity:
+    """A translator that changes nothing, and counts."""
+
+    def __init__(self, name="identity"):
+        self.name, self.calls = name, []
+
+    def translate(self, texts, source, target):
+        assert (source, target) == ("zh", "en")
+        self.calls += texts
+        return texts, {}
+
+
 def test_translation_is_stored_and_not_repeated(tmp_path):
-    calls = []
-
-    def identity(text):
-        calls.append(text)
-        return text
-
-    chat = StubChat("8 9")
+    chat, identity = StubChat("8 9"), Identity()
     for _ in range(2):
-        judging.judge(questions(3), answers(3, "ref"), answers(3, "答"), chat, tmp_path, "paper", translate=identity)
+        judging.judge(questions(3), answers(3, "ref"), answers(3, "答"), chat, tmp_path, "paper", translator=identity)
     rows = records.read(tmp_path / "judgements.jsonl")
-    assert len(calls) == len(chat.asked) == len(rows) == 3
+    assert len(identity.calls) == len(chat.asked) == len(rows) == 3
     assert all(row["raw"] == row["translated"] for row in rows)
+    assert records.read_json(tmp_path / "run.json")["translator"] == "identity"
     first = judging.score(tmp_path)
     assert judging.score(tmp_path) == first
+    other = Identity("another")
+    judging.judge(questions(3), answers(3, "ref"), answers(3, "答"), chat, tmp_path, "paper", translator=other)
+    assert len(other.calls) == 3  # what one translator said is not another's
+
+
+@needs_data
+def test_chinese_answers_are_judged_in_english(tmp_path, monkeypatch):
+    """X-LLM's own Chinese answers, translated and judged by one stub endpoint through the command."""
+    from typer.testing import CliRunner
+
+    from x2l.eval.commands import app
+
+    replies = []
+
+    def script(n):
+        replies.append(server.calls[n - 1]["body"]["messages"])
+        translating = replies[-1][0]["content"].startswith("Translate the user's text from Chinese into English.")
+        return 200, {}, completion(f"In English {n}." if translating else "8 9")
+
+    with StubServer(script) as server:
+        monkeypatch.setenv("X2L_JUDGE_URL", server.url)
+        monkeypatch.setenv("X2L_JUDGE_MODEL", "stub")
+        answered = str(DATA / "xllm/qa90_x-llm_answer.json")
+        options = ["--mode", "paper", "--translate", "judge", "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, ["llava-bench", str(DATA / "llava"), answered, *options])
+    assert result.exit_code == 0, result.exception
+    assert len(server.calls) == 90 + 90
+    row = next(row for row in records.read(tmp_path / "judgements.jsonl") if row["question_id"] == 0)
+    assert row["raw"] == "图中两个手提箱的颜色是棕色和黑色"
+    assert row["translated"].startswith("In English ")
+    assert row["translated"] in row["message"]
+    assert row["raw"] not in row["message"]
+
+
+@pytest.mark.network
+@needs_data
+def test_opus_translates_an_answer_of_x_llm():
+    pytest.importorskip("ctranslate2")
+    texts, _ = judging.find_translator("opus", StubChat()).translate(["图中两个手提箱的颜色是棕色和黑色"], "zh", "en")
+    assert "brown" in texts[0].lower()
+    assert "black" in texts[0].lower()
 
 
 def test_one_character_asks_anew(tmp_path):

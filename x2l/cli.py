@@ -17,6 +17,7 @@ from x2l.corpora.commands import hear, make
 from x2l.data.commands import app as data_app
 from x2l.data.transforms.commands import app as transform_app
 from x2l.eval.commands import app as eval_app
+from x2l.eval.commands import predict, score, write_report
 from x2l.types import RunError
 
 app = typer.Typer(
@@ -26,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(eval_app, name="eval")
+app.command()(predict)
+app.command()(score)
+app.command("report")(write_report)
 data_app.add_typer(transform_app, name="transform")
 data_app.command()(make)
 data_app.command()(hear)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from x2l.eval import judge_commands
+
+if TYPE_CHECKING:
+    from x2l.data.sources import Record
+
 app = typer.Typer(help="Measure a model, from stored records.", no_args_is_help=True)
+
+app.command("llava-answers")(judge_commands.llava_answers)
+app.command("llava-bench")(judge_commands.llava_bench)
+app.command()(judge_commands.replay)
 
 Runs = Annotated[list[Path], typer.Argument(help="run folders")]
 Coverage = Annotated[float, typer.Option(help="exit with 3 below this share of answered or readable results")]
@@ -107,16 +117,64 @@ def spoken(
 
 
 @app.command()
-def score(runs: Runs, meteor: bool = False, min_coverage: Coverage = 0.0) -> None:
+def masr(
+    data: Annotated[
+        str, typer.Argument(help="glob of shards or JSONL whose rows hold a photo, a question spoken about it, and its text")
+    ],
+    train: Annotated[Optional[str], typer.Option(help="glob of what the model has trained on: how many questions it knows")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
+    out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/eval-masr"),
+    lang: Annotated[str, typer.Option(help="language of the questions: en or zh")] = "en",
+    limit: Annotated[Optional[int], typer.Option(help="so many clips, drawn by seed")] = None,  # noqa: UP045
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Multimodal ASR: error rates of speech alone, with its photo, with another one and with a grey one, and paired tests.
+
+    Example:
+
+        x2l eval masr 'data/vsdial-mini/test-*.tar' --train 'data/vsdial-mini/train-*.tar' --model runs/tiny/all
+    """
+    from x2l.assistant import Assistant
+    from x2l.data.sources import read_source
+    from x2l.eval import masr as conditions
+    from x2l.eval import questions
+    from x2l.eval.predict import predict
+
+    rows = [record for record in read_source(data) if record.fields["lang"] == lang]
+    asked = questions.draw(questions.masr(rows, lang), limit or len(rows), seed)
+    assistant = Assistant.load(model)
+    runs = {
+        control: predict(
+            assistant, asked, out / (control or "image"), task="asr", dataset=data, control=control, model_info=assistant.info(),
+            decode={"max_new_tokens": 48}, seed=seed, batch_size=batch_size, render=assistant.render,
+        )
+        for control in conditions.CONDITIONS.values()
+    }  # fmt: skip
+    typer.echo(conditions.table(runs))
+    if train is not None:
+        ids = {sample.id for sample in asked}
+        typer.echo(_overlap(train, [row for row in rows if f"{row.key}/masr" in ids], "text", lang))
+
+
+@app.command()
+def score(
+    runs: Runs,
+    meteor: bool = False,
+    normalizer: Annotated[Optional[str], typer.Option(help="of ASR: en, zh, wenet-like or speechio-like")] = None,  # noqa: UP045
+    min_coverage: Coverage = 0.0,
+) -> None:
     """Score stored records again; no model is needed.
 
     Example:
 
         x2l eval score runs/eval/* --min-coverage 1
+
+        x2l eval score runs/eval/asr-aishell --normalizer speechio-like
     """
     from x2l.eval import report, tasks
 
-    results = [tasks.score(run, meteor=meteor) for run in runs]
+    results = [tasks.score(run, meteor=meteor, normalizer=normalizer) for run in runs]
     typer.echo(report.scoreboard(runs))
     raise typer.Exit(max(tasks.exit_code(result, min_coverage) for result in results))
 
@@ -249,76 +307,6 @@ def table(
         page.write(readme, board)
 
 
-@app.command("llava-answers")
-def llava_answers(
-    folder: Annotated[Path, typer.Argument(help="folder with LLaVA's published files")],
-    images: Annotated[Path, typer.Argument(help="folder with the COCO val2014 photos")],
-    translations: Annotated[Optional[Path], typer.Option(help="JSON of question_id and text_zh: ask in Chinese")] = None,  # noqa: UP045
-    model: Annotated[str, typer.Option("--model", "-m", help="model recipe: a shipped name, or a path")] = "tiny",
-    out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/llava-answers"),
-    max_new_tokens: int = 512,
-    batch_size: int = 8,
-) -> None:
-    """Answer LLaVA-Bench-COCO; hand the run folder to ``llava-bench`` for judgement."""
-    from x2l.assistant import Assistant
-    from x2l.eval import llava_bench, predict, questions
-
-    assistant = Assistant.load(model)
-    chinese = llava_bench.load_answers(translations, "text_zh") if translations else None
-    asked = questions.llava_bench(llava_bench.load_questions(folder), images, chinese)
-    typer.echo(
-        predict.predict(
-            assistant, asked, out, task="open", dataset="LLaVA-Bench-COCO", model_info=assistant.info(),
-            decode={"max_new_tokens": max_new_tokens}, batch_size=batch_size, render=assistant.render,
-        )
-    )  # fmt: skip
-
-
-@app.command("llava-bench")
-def llava_bench(
-    folder: Annotated[Path, typer.Argument(help="folder with LLaVA's published files (questions, contexts, rules)")],
-    answers: Annotated[Path, typer.Argument(help="run folder, or JSON or JSONL of question_id and text")],
-    mode: Annotated[str, typer.Option(help="robust, or paper: the original protocol with its defects")] = "robust",
-    out: Annotated[Path, typer.Option(help="judgements; an interrupted run goes on from here")] = Path("runs/llava-bench"),
-    translate: Annotated[bool, typer.Option(help="let the judge's model translate answers into English first")] = False,
-    workers: int = 4,
-) -> None:
-    """Judge answers to LLaVA-Bench-COCO; the judge is named by X2L_JUDGE_URL, X2L_JUDGE_MODEL and X2L_JUDGE_KEY.
-
-    Exits with 3 where fewer than 98 % of the judgements could be read.
-    """
-    from x2l.eval import judge, tasks
-    from x2l.eval import llava_bench as bench
-
-    chat = judge.Endpoint.from_env()
-    references = bench.load_answers(folder / "qa90_gpt4_answer.jsonl")
-    translator = judge.translator(chat) if translate else None
-    judge.judge(bench.load_questions(folder), references, bench.load_answers(answers), chat, out, mode, translator, workers)
-    summary = judge.score(out)
-    typer.echo(bench.format_summary(summary))
-    raise typer.Exit(tasks.exit_code(summary, bench.MIN_COVERAGE))
-
-
-@app.command()
-def replay(
-    reviews: Annotated[list[str], typer.Argument(help="name=path of published review files")],
-    order: Annotated[str, typer.Option(help="candidate-first (X-LLM) or reference-first (LLaVA)")] = "candidate-first",
-) -> None:
-    """What published judgements say under one rule for those that could not be read.
-
-    Example:
-
-        x2l eval replay X-LLM=../shared/data/llava_bench_coco/xllm/review.json
-    """
-    from x2l.eval.llava_bench import one_rule_report
-
-    pairs = [item.partition("=") for item in reviews]
-    wrong = [name for name, equals, path in pairs if not (name and equals and path)]
-    if wrong:
-        raise ValueError(f"expected name=path, got {wrong[0]!r}")
-    typer.echo(one_rule_report({name: path for name, _, path in pairs}, order))
-
-
 @app.command()
 def overlap(
     train: Annotated[str, typer.Argument(help="glob of training shards or JSONL")],
@@ -328,8 +316,14 @@ def overlap(
 ) -> None:
     """Share of test texts that training has seen: what a score may owe to memory."""
     from x2l.data.sources import read_source
+
+    typer.echo(_overlap(train, list(read_source(test)), field, normalizer))
+
+
+def _overlap(train: str, test: Sequence[Record], field: str, normalizer: str) -> str:
+    from x2l.data.sources import read_source
     from x2l.eval import metrics, normalize
 
     normalise = normalize.preset(normalizer)
-    seen, asked = [[normalise(record.fields[field]) for record in read_source(spec)] for spec in (train, test)]
-    typer.echo(f"{100 * metrics.overlap(seen, asked):.1f} % of {len(asked)} test texts occur among {len(seen)} in training")
+    seen, asked = [[normalise(record.fields[field]) for record in records] for records in (read_source(train), test)]
+    return f"{100 * metrics.overlap(seen, asked):.1f} % of {len(asked)} test texts occur among {len(seen)} in training"

@@ -7,7 +7,8 @@ request header and nowhere else: not into records, messages or logs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from x2l.data.transforms.translate import Translator
+from x2l.data.transforms.translators import NAMES, OPUS_ZH_EN, OPUS_ZH_EN_SHA256, CTranslate2Translator
 from x2l.endpoint import ChatEndpoint, EndpointError
 from x2l.eval import llava_bench, records
 from x2l.eval.llava_bench import Question
@@ -84,10 +87,22 @@ class LocalChat:
         return answers[0]
 
 
-def translator(chat: Chat, language: str = "English") -> Callable[[str], str]:
+class ChatTranslator:
     """A translator that asks a chat model; greedy, so that the same answer gives the same text."""
-    system = f"Translate the user's text into {language}. Reply with the translation alone."
-    return lambda text: chat.complete(system, text, temperature=0.0, max_tokens=1024)
+
+    def __init__(self, chat: Chat):
+        self.chat, self.name = chat, f"chat {chat.name}"
+
+    def translate(self, texts: list[str], source: str, target: str) -> tuple[list[str], Counter[str]]:
+        system = f"Translate the user's text from {NAMES[source]} into {NAMES[target]}. Reply with the translation alone."
+        return [self.chat.complete(system, text, temperature=0.0, max_tokens=1024) for text in texts], Counter()
+
+
+def find_translator(name: str, chat: Chat) -> Translator:
+    """``judge`` (its own model), ``opus`` (OPUS-MT from the package index), or the folder of a model for CTranslate2."""
+    if name == "judge":
+        return ChatTranslator(chat)
+    return CTranslate2Translator(OPUS_ZH_EN, OPUS_ZH_EN_SHA256) if name == "opus" else CTranslate2Translator(name)
 
 
 def judge(
@@ -97,7 +112,7 @@ def judge(
     chat: Chat,
     out_dir: str | Path,
     mode: str = "robust",
-    translate: Callable[[str], str] | None = None,
+    translator: Translator | None = None,
     workers: int = 4,
 ) -> Path:
     """Ask for every judgement that has no record yet; returns the folder for :func:`score`.
@@ -107,7 +122,7 @@ def judge(
 
     Args:
         references, candidates: answers by question id. ``paper`` pairs the files by line and stops at the shortest.
-        translate: applied to candidate answers; both texts are stored.
+        translator: from Chinese into English, applied to candidate answers; both texts are stored.
 
     Raises:
         ValueError: ``robust`` and a question without an answer.
@@ -115,9 +130,10 @@ def judge(
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    texts = _translations(candidates, translate, out_dir / "translations.jsonl")
+    texts = _translations(candidates, translator, out_dir / "translations.jsonl")
     plan = _plan(questions, references, candidates, texts, chat.name, mode)
-    identity = {"task": "llava_bench_coco", "mode": mode, "judge": chat.name, "system": SYSTEM, "decode": DECODE}
+    names = {"judge": chat.name, "translator": translator and translator.name}
+    identity = {"task": "llava_bench_coco", "mode": mode, **names, "system": SYSTEM, "decode": DECODE}
     records.write_json(out_dir / "run.json", {**identity, "num_judgements": len(plan), **records.environment()})
     records.write_jsonl(out_dir / "task.jsonl", plan)
     done = {row["key"] for row in records.read(out_dir / "judgements.jsonl")}
@@ -155,15 +171,16 @@ def score(out_dir: str | Path, seed: int = 0) -> Row:
     return summary
 
 
-def _translations(answers: Mapping[int, str], translate: Callable[[str], str] | None, path: Path) -> Mapping[int, str]:
-    """Each answer translated once; stored, so that a resumed run does not translate again."""
-    if translate is None:
+def _translations(answers: Mapping[int, str], translator: Translator | None, path: Path) -> Mapping[int, str]:
+    """Each answer translated once by this translator; stored, so that a resumed run does not translate again."""
+    if translator is None:
         return answers
-    known = {row["sha256"]: row["translated"] for row in records.read(path)}
+    known = {row["sha256"]: row["translated"] for row in records.read(path) if row["translator"] == translator.name}
     for text in answers.values():
-        if records.sha256(text) not in known:
-            known[records.sha256(text)] = translate(text)
-            records.append(path, [{"sha256": records.sha256(text), "text": text, "translated": known[records.sha256(text)]}])
+        key = records.sha256(text)
+        if key not in known:
+            (known[key],), _ = translator.translate([text], "zh", "en")
+            records.append(path, [{"sha256": key, "translator": translator.name, "text": text, "translated": known[key]}])
     return {question_id: known[records.sha256(text)] for question_id, text in answers.items()}
 
 

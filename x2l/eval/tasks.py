@@ -42,6 +42,13 @@ def _normaliser(meta: Row) -> normalize.Normalizer:
     return normalize.preset(meta.get("normalizer") or meta.get("lang", "en"))
 
 
+def _for_language(name: str, row: Row) -> str:
+    own, lang = normalize.preset(name).language, row["meta"].get("lang", "en")
+    if own != lang:
+        raise ValueError(f"normaliser {name!r} is for {own!r}, sample {row['id']} is {lang!r}: score the languages apart")
+    return name
+
+
 def _spoken_text(raw: str, meta: Row) -> str:
     return _normaliser(meta)(raw)
 
@@ -153,18 +160,22 @@ def results(run_dir: str | Path) -> list[Row]:
     return [{**row, **{k: answers.get(row["request_sha256"], empty)[k] for k in empty}} for row in plan]
 
 
-def score(run_dir: str | Path, seed: int = 0, meteor: bool = False) -> Row:
+def score(run_dir: str | Path, seed: int = 0, meteor: bool = False, normalizer: str | None = None) -> Row:
     """Score a run from its records, write ``scores.json`` beside them, and return it.
 
     The result holds ``task``, ``control``, ``dataset``, ``langs``, ``num_samples``, ``coverage`` (share of samples with
     an answer; the missing ones count as empty), ``scores`` with intervals and ``details``. Raw outputs are normalised
-    anew, so a better normaliser needs no new run. ``meteor`` adds METEOR to the details of captions (needs Java).
+    anew, so a better normaliser needs no new run. ``meteor`` adds METEOR to the details of captions (needs Java);
+    ``normalizer`` is a preset in place of the language's own.
 
     Raises:
-        ValueError: no run there, or one that carries the name of a published test set without being all of it.
+        ValueError: no run there, one that carries the name of a published test set without being all of it, or a normaliser
+            of another language.
     """
     run_dir = Path(run_dir)
     manifest, rows = records.read_json(run_dir / "run.json"), results(run_dir)
+    if normalizer is not None:
+        rows = [{**row, "meta": {**row["meta"], "normalizer": _for_language(normalizer, row)}} for row in rows]
     task, hypotheses = find(manifest["task"]), _hypotheses(manifest["task"], rows)
     clusters = [row["cluster"] for row in rows]
     details = task.details(hypotheses, rows)
