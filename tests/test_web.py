@@ -5,6 +5,7 @@ Screenshots of the browser's tests stay in artefacts/web.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -26,6 +27,7 @@ from serving import KEY, Running, check_error, running
 from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
+from x2l.data.media import decode_audio
 from x2l.serve.app import ServerConfig
 from x2l.serve.engine import Engine, EngineConfig
 from x2l.serve.server import served_names
@@ -388,22 +390,67 @@ def test_stop_ends_the_computing(tab: Any, site: Running, monkeypatch: pytest.Mo
     expect(tab.locator("#send")).to_be_visible()
 
 
+def record(page: Any, seconds: int) -> None:
+    page.click("#record")
+    expect(page.locator("#clock")).to_have_text(f"0:0{seconds}")
+
+
+def sent_sounds(body: dict[str, Any]) -> list[bytes]:
+    parts = [part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]]
+    return [base64.b64decode(part["audio_url"]["url"].split(",")[1]) for part in parts if part["type"] == "audio_url"]
+
+
 @pytest.mark.slow
-def test_the_microphone(tab: Any) -> None:
-    tab.click("#record")
-    expect(tab.locator("#clock")).to_have_text("0:02")
+def test_the_microphone(tab: Any, site: Running, model: Assistant) -> None:
+    """The end of speech is followed by the answer, which is that to the recording; later turns find it known."""
+    spoken = "x2l_voice_first_token_seconds_count"
+    before = site.metric(spoken)
+    tab.fill("#question", "Well?")
+    record(tab, 2)
     tab.screenshot(path=SHOTS / "recording.png")
     tab.click("#record")
-    expect(tab.locator("#attached audio")).to_be_visible()
-    tab.click("#send")
-    facts = answered(tab).locator(".facts")
-    expect(facts).to_contain_text("speech read by conformer → FrozenListener → CFormer → Adapter")
+    expect(answered(tab).locator(".facts")).to_contain_text("speech read by conformer → FrozenListener → CFormer → Adapter")
     expect(tab.locator("article.user audio")).to_be_visible()
+    answer = said(answered(tab))
+    tab.screenshot(path=SHOTS / "spoken.png")
+    assert site.metric(spoken) == before + 1
+    with tab.expect_request("**/v1/chat/completions") as request:
+        second = ask(tab, "And now?")
+    (sound,) = sent_sounds(request.value.post_data_json)
+    assert 1.5 < len(decode_audio(sound)) / 16_000 < 60
+    assert answer == alone(model, user(Part("speech", bytes=sound), "Well?"))
+    expect(second.locator(".facts")).to_contain_text("prompt tokens known already")
+
+    tab.click("#clear")
+    record(tab, 1)
+    tab.press("#question", "Enter")  # sending ends the speech
+    expect(tab.locator("article.user audio")).to_have_count(1)
+    expect(answered(tab).locator(".problem")).to_be_hidden()
+    assert site.metric(spoken) == before + 2
+    record(tab, 1)
+    tab.keyboard.press("Escape")  # and Escape forgets it
+    expect(tab.locator("#record")).to_have_attribute("aria-pressed", "false")
+    expect(tab.locator("#clock")).to_be_hidden()
+    expect(tab.locator("article.user")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_a_recording_goes_as_a_file_where_nobody_follows_it(tab: Any, site: Running) -> None:
+    """Something was typed while the person spoke, or the server takes no spoken turn at the moment."""
+    spoken = "x2l_voice_first_token_seconds_count"
+    before = site.metric(spoken)
+    record(tab, 1)
+    tab.fill("#question", "Well?")
+    with tab.expect_request("**/v1/chat/completions") as request:
+        tab.click("#record")
+    assert len(sent_sounds(request.value.post_data_json)) == 1
+    expect(answered(tab).locator(".facts")).to_contain_text("speech read by")
+    tab.route("**/v1/voice", lambda route: route.fulfill(status=429, body='{"error": {"message": "too many"}}'))
+    record(tab, 1)
     tab.click("#record")
-    expect(tab.locator("#clock")).to_have_text("0:01")
-    tab.press("#question", "Enter")  # sending ends the recording and takes it along
     expect(tab.locator("article.user audio")).to_have_count(2)
-    answered(tab)
+    expect(answered(tab).locator(".facts")).to_contain_text("speech read by")
+    assert site.metric(spoken) == before
 
 
 @pytest.mark.slow

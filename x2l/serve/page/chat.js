@@ -93,7 +93,7 @@ function render() {
   document.documentElement.dataset.theme = settings.theme;
   setLanguage(settings.language);
   showControls();
-  if (recorder) $("record").setAttribute("aria-label", t("recording"));
+  if (recorder) $("record").setAttribute("aria-label", recordingText());
   $("welcome").hidden = turns.length > 0 || !site;
   $("clear").disabled = turns.length === 0;
   if (!site) return;
@@ -200,10 +200,13 @@ async function record() {
     opening = false;
   }
   button.setAttribute("aria-pressed", "true");
-  button.setAttribute("aria-label", t("recording"));
+  button.setAttribute("aria-label", recordingText());
+  button.title = recordingText();
   $("clock").hidden = false;
-  say(t("recording"));
+  say(recordingText());
 }
+
+const recordingText = () => t(recorder instanceof Voice ? "speaking" : "recording");
 
 // The microphone's button as it is without a recording.
 function release() {
@@ -255,7 +258,7 @@ function spoken() {
 }
 
 async function send(voice = null) {
-  if (running) return;
+  if (running) return voice?.close();
   if (recorder instanceof Voice) return record(); // the end of speech, which sends it
   if (recorder) await record(); // what was said so far is part of the message
   const text = $("question").value.trim();

@@ -30,7 +30,8 @@ export class Voice {
     this.stream = stream;
     this.limits = limits;
     this.context = new AudioContext({ sampleRate: RATE });
-    this.samples = [];
+    this.samples = []; // blocks
+    this.sent = 0; // of them
     this.arrived = []; // frames of the server, then null
     this.follows = false; // whether the server answers what was said; else it must be sent as a file, like any other
     this.begun = performance.now();
@@ -44,7 +45,7 @@ export class Voice {
     this.node.port.onmessage = ({ data }) => {
       if (!data) return this.flushed();
       this.samples.push(data);
-      if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(data);
+      this.forward();
     };
     this.context.createMediaStreamSource(this.stream).connect(this.node);
   }
@@ -57,12 +58,16 @@ export class Voice {
     } catch {
       return this.take(null); // the request with the file will tell the person why
     }
-    this.socket.onopen = () => {
-      for (const block of this.samples) this.socket.send(block);
-      if (this.ended) this.socket.send(JSON.stringify({ type: "end" }));
-    };
+    this.socket.onopen = () => this.forward();
     this.socket.onmessage = ({ data }) => this.take(JSON.parse(data));
     this.socket.onclose = () => this.take(null);
+  }
+
+  // Sends what has not been sent yet.
+  forward() {
+    if (this.socket?.readyState !== WebSocket.OPEN) return;
+    while (this.sent < this.samples.length) this.socket.send(this.samples[this.sent++]);
+    if (this.ended) this.socket.send(JSON.stringify({ type: "end" }));
   }
 
   take(frame) {
@@ -85,7 +90,7 @@ export class Voice {
     });
     this.release();
     this.ended = true;
-    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ type: "end" }));
+    this.forward();
     const first = same && await Promise.race([this.next(), new Promise((resolve) => { setTimeout(resolve, PATIENCE); })]);
     this.follows = first?.type === "end";
     if (this.follows) return this.recording(...first.clips[0]);
