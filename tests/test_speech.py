@@ -139,6 +139,27 @@ def test_moonshine_alone_equals_in_a_batch_and_short_and_long_waves_behave() -> 
         torch.testing.assert_close(together.x[i, : together.lengths[i]], encoder(**processor([wave])).x[0])
 
 
+def test_a_growing_recording_is_encoded_as_a_whole_one_and_its_complete_windows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, seen = MoonshineEncoder(Path, "00" * 32, max_seconds=1.0), []
+
+    def encode(window: np.ndarray) -> np.ndarray:
+        seen.append(len(window))
+        return np.tile(pad(window)[: -(-len(window) // HOP) * HOP].reshape(-1, HOP).sum(1)[:, None], 288)
+
+    monkeypatch.setattr(encoder, "_encode", encode)
+    wave = np.random.default_rng(0).standard_normal(5 * RATE).astype(np.float32)
+    done: list[np.ndarray] = []
+    for samples in range(1000, len(wave), 9_000):
+        whole = encoder.encode(wave[:samples])
+        complete = len(done)
+        seen.clear()
+        grown = encoder.grow(wave[:samples], done)
+        assert len(seen) == len(done) - complete + 1
+        assert np.array_equal(grown.x[0].numpy(), whole)
+        assert grown.lengths.tolist() == [len(whole)]
+    assert len(done) >= 4
+
+
 @pytest.mark.network
 def test_moonshine_transcribes() -> None:
     import soundfile
