@@ -4,12 +4,13 @@
 
 ``VLLM_COMMAND`` is the ``vllm`` of an environment that has it (docs/serve.md says how to make one). Both sides compute in
 float32 on one thread, answers run to their full length, and no states of earlier prompts are reused. The peer is sent the
-prompts' embeddings; it has neither to read photos nor to render chats. Give this process and so vLLM, its child, one core:
-``taskset -c 0``. Minima of interleaved runs; processor seconds are of vLLM's processes, or of this one.
+prompts' embeddings by HTTP; ours gets chats and photos by HTTP and knows the photos' embeddings. Give this process and so vLLM,
+its child, one core: ``taskset -c 0``. Minima of interleaved runs; processor seconds are of vLLM's processes, or of this one.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,55 +129,44 @@ def best(work: Callable[[], Any], cpu: Callable[[], float], known: tuple[float, 
 
 def main(command: str, model: str = "tiny", tokens: int = 48) -> None:
     bench = Bench(model, tokens)
-    engine = bench.engine
-    photos = [user(Part("image", bytes=bench.photos[i % 2]), question) for i, question in enumerate(QUESTIONS)]
-    talks = [[message] for message in (*photos, *map(user, TEXTS))]
     with tempfile.TemporaryDirectory() as folder:
         export_vllm(model, [], Path(folder) / "out")
         vllm = Vllm(command, Path(folder) / "out" / "llm", Path(folder) / "log")
         behind = VllmEngine(bench.assistant, vllm.url, EngineConfig(request_seconds=1e6))
         behind.stops = set()
         try:
-            compare(bench, engine, behind, vllm, talks)
+            compare(bench, behind, vllm)
         finally:
             behind.close()
             vllm.stop()
 
 
-def compare(bench: Bench, engine: Engine, behind: VllmEngine, vllm: Vllm, talks: list[list[Message]]) -> None:
-    tokens = bench.tokens
-    theirs, ours = token_ids(behind, talks, tokens), token_ids(engine, talks, tokens)  # both are warm now
+def compare(bench: Bench, behind: VllmEngine, vllm: Vllm) -> None:
+    asked = [(question, bench.photos[i % 2]) for i, question in enumerate(QUESTIONS)] + [(text, None) for text in TEXTS]
+    talks = [[user(*([Part("image", bytes=photo)] if photo else []), question)] for question, photo in asked]
+    contents = [bench.content(*pair) for pair in asked]
+    theirs, ours = token_ids(behind, talks, bench.tokens), token_ids(bench.engine, talks, bench.tokens)  # both are warm now
     same = sum(a == b for a, b in zip(theirs, ours, strict=True))
-    print(f"{same} of {len(talks)} answers of {tokens} tokens are the same, token for token")
+    print(f"{same} of {len(talks)} answers of {bench.tokens} tokens are the same, token for token", flush=True)
+    for at_once, repeats in ((1, 1), (len(talks), REPEATS)):
 
-    def alone(engine: Engine) -> Callable[[], Any]:
-        def work() -> None:
-            engine.prefixes = PrefixStore(512 << 20)
-            for talk in talks:
-                token_ids(engine, [talk], tokens)
+        def peer(at_once: int = at_once) -> None:
+            for i in range(0, len(talks), at_once):
+                token_ids(behind, talks[i : i + at_once], bench.tokens)
 
-        return work
+        def mine(at_once: int = at_once) -> None:
+            bench.engine.prefixes = PrefixStore(512 << 20)
+            with ThreadPoolExecutor(at_once) as threads:
+                list(threads.map(bench.ask, contents))
 
-    def together(engine: Engine) -> Callable[[], Any]:
-        def work() -> None:
-            engine.prefixes = PrefixStore(512 << 20)
-            token_ids(engine, talks, tokens)
-
-        return work
-
-    never = (float("inf"), float("inf"))
-    for name, way, repeats in (
-        ("8 mixed requests, one after the other", alone, 1),
-        ("8 mixed requests at a time", together, REPEATS),
-    ):
-        peer = mine = never
+        least = [(math.inf, math.inf)] * 2
         for _ in range(repeats):
-            peer = best(way(behind), vllm.cpu, peer)
-            mine = best(way(engine), time.process_time, mine)
+            least = [best(peer, vllm.cpu, least[0]), best(mine, time.process_time, least[1])]
         for what, i in (("wall", 0), ("processor", 1)):
-            rates = [len(talks) * tokens / seconds[i] for seconds in (peer, mine)]
-            goal = "  goal 0.7x" if way is together else ""
-            print(f"{name}, tokens/s of {what} time: vLLM {rates[0]:.1f}, ours {rates[1]:.1f}, {rates[1] / rates[0]:.2f}x{goal}")
+            rates = [len(talks) * bench.tokens / seconds[i] for seconds in least]
+            goal = "  goal 0.7x" if at_once > 1 else ""
+            ratio = f"vLLM {rates[0]:.1f}, ours {rates[1]:.1f}, {rates[1] / rates[0]:.2f}x{goal}"
+            print(f"8 mixed requests, {at_once} at a time, tokens/s of {what} time: {ratio}", flush=True)
 
 
 if __name__ == "__main__":
