@@ -1,11 +1,12 @@
 // The conversation: what is attached, asked, answered, edited.
 
 import * as api from "./api.js";
-import { fromFile, kindOf, megabytes, Recorder, VOICE, wirePart } from "./media.js";
+import { fromFile, kindOf, Recorder, VOICE } from "./media.js";
 import { access, keep, openSettings, settings, takeSettings } from "./settings.js";
 import { setLanguage, t, TEXTS } from "./texts.js";
 import { $, answersRow, attachedItem, element, hears, readsList, userArticle } from "./view.js";
 import { canSpeak, Voice } from "./voice.js";
+import { request } from "./wire.js";
 
 const AGAIN_TEMPERATURE = 0.7; // a greedy answer would only repeat itself
 let site = null; // what /page/model says: models, of which each answers every question, and bounds
@@ -224,37 +225,10 @@ function discard() {
 
 // --- asking -------------------------------------------------------------------------------------------------------
 
-// The conversation of the i-th model: turns, of which the last one asks.
-function messages(list, i) {
-  const talk = settings.system ? [{ role: "system", content: settings.system }] : [];
-  list.forEach((turn, at) => {
-    const answer = at < list.length - 1 && turn.answers[i].text;
-    if (answer === "") return; // a turn that failed left no trace in the conversation
-    const content = turn.media.map(wirePart);
-    if (turn.text) content.push({ type: "text", text: turn.text });
-    talk.push({ role: "user", content });
-    if (answer) talk.push({ role: "assistant", content: answer });
-  });
-  return talk;
-}
-
-// The JSON of the request to the i-th model; an Error says which bound it would exceed.
-function request(list, i, temperature, more) {
-  const talk = messages(list, i);
-  const parts = talk.flatMap((message) => message.role === "user" ? message.content : []).filter((part) => part.type !== "text");
-  if (parts.length > site.max_media) throw new Error(t("too_many", { n: parts.length, limit: site.max_media }));
-  const body = JSON.stringify({ model: site.models[i].model, messages: talk, temperature, max_tokens: settings.max_tokens, ...more });
-  const { size } = new Blob([body]);
-  if (size > site.max_body_bytes) {
-    throw new Error(t("too_much", { size: megabytes(size), limit: megabytes(site.max_body_bytes) }));
-  }
-  return body;
-}
-
 // The request to a model that follows what is being said; what is typed and attached belongs to it.
 function spoken() {
   const asked = { text: $("question").value.trim(), media: [...attached, VOICE] };
-  return request([...turns.slice(0, edited ?? turns.length), asked], 0, settings.temperature);
+  return request(site, [...turns.slice(0, edited ?? turns.length), asked], 0, settings.temperature);
 }
 
 async function send(voice = null) {
@@ -295,7 +269,7 @@ async function ask(index, temperature, voice = null) {
   say(t("answering"));
   const asked = turns.slice(0, index + 1);
   const events = (i) => voice?.events(control.signal)
-    ?? api.chat(request(asked, i, temperature, STREAM), access.key, control.signal);
+    ?? api.chat(request(site, asked, i, temperature, STREAM), access.key, control.signal);
   await Promise.all(turn.answers.map((answer, i) => receive(turn, answer, () => events(i), control.signal)));
   running = null;
   showRunning();
