@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x2l.eval import bootstrap, metrics, normalize, pope, tasks
+from x2l.data.caption_qa import QA
+from x2l.data.sources import Record
+from x2l.eval import bootstrap, metrics, normalize, pope, questions, tasks
 from x2l.eval.predict import predict
 from x2l.eval.report import report
 from x2l.types import Part, Sample, user
@@ -215,11 +217,24 @@ def test_questions_from_flickr8k():
     assert [sample.id for sample in draw(captions, 10)] == [sample.id for sample in draw(captions, 10)]
 
 
-def test_short_questions_hold_only_what_the_answer_adds() -> None:
-    from x2l.data.sources import Record
-    from x2l.eval.questions import qa
+@pytest.mark.parametrize(
+    ("kind", "question", "answer", "expected"),
+    [
+        ("colour", "What colour is the dog?", "The dog is brown.", ["brown"]),
+        ("colour", "What colour is the dog?", "The dog is black and white.", ["black and white"]),
+        ("count", "How many dogs are there?", "There is one dog.", ["one"]),
+        ("setting", "Is this indoors or outdoors?", "It is outdoors.", ["outdoors", "outside", "outdoor"]),
+    ],
+)
+def test_a_reference_is_what_the_answer_adds(kind: str, question: str, answer: str, expected: list[str]) -> None:
+    assert questions._short(QA(kind, question, answer)) == expected
 
-    captions = ["A brown dog runs on the beach ."] * 5
-    (sample,) = qa([Record("k", {"en": captions}, {"jpg": b"x"})])
-    assert sample.meta["references"] in (["brown"], ["dog"], ["one"])
-    assert sample.messages[0].content[0].type == "image"
+
+def test_no_answer_to_a_kind_of_question_stands_out() -> None:
+    """20 photos of one dog, 5 of two, 4 of three: whoever always says "one" is right in a third."""
+    dogs = {"One dog runs .": 20, "Two dogs run .": 5, "Three dogs run .": 4}
+    records = [Record(f"{text}{i}", {"en": [text] * 5}, {"jpg": b"x"}) for text, num in dogs.items() for i in range(num)]
+    asked = [sample for sample in questions.qa(records) if sample.meta["kind"] == "count"]
+    answers = [sample.meta["references"][0] for sample in asked]
+    assert {answer: answers.count(answer) for answer in answers} == {"one": 4, "two": 4, "three": 4}
+    assert asked == [sample for sample in questions.qa(records) if sample.meta["kind"] == "count"]

@@ -120,33 +120,47 @@ def pope(records: Iterable[Record], per_object: int = 20, seed: int = 0) -> list
 
 SETTINGS = (["indoors", "inside", "indoor"], ["outdoors", "outside", "outdoor"])
 FILLERS = frozenset("a an the is are it this was taken photo there they see i and only person people".split())
-SHORT_KINDS = ("colour", "clothes colour", "count", "animal", "sport", "setting")  # their answers are a word or two
+SHORT_KINDS = ("colour", "clothes colour", "count", "sport", "setting")  # their answers are a word or two
+COUNTS = "one two three four five six seven eight nine ten".split()
 
 
 def qa(records: Iterable[Record], seed: int = 0) -> list[Sample]:
-    """At most one open question a photo that its English captions answer (``data/caption_qa.py``).
+    """Open questions, at most one of a kind about a photo, that its English captions answer (``data/caption_qa.py``).
 
-    The reference is what the derived answer adds to its question ("What colour is the dog?" -> "brown"); score ``contains``.
+    Balanced, so that it takes the photo to answer: of each kind no answer stands more often than the third most frequent
+    one (of two kinds of place, the rarer). Animals are left out, for nearly all of them are dogs. The reference is what the
+    derived answer adds to its question ("What colour is the dog?" -> "brown"); score ``contains``.
     """
-    samples = []
+    samples: dict[tuple[str, str], list[Sample]] = {}
     for record in records:
         captions = [tidy(text, "en") for text in record.fields["en"]]
         pairs = question_answers(captions, random.Random(f"{seed}/{record.key}"), num_pairs=20)
-        pair = next((pair for pair in pairs if pair.kind in SHORT_KINDS), None)
-        if pair is not None:
-            question = user(media_part(record, "image"), pair.question)
-            meta = {"lang": "en", "kind": pair.kind, "references": _short(pair)}
-            samples.append(Sample(f"{record.key}/qa", (question,), meta))
-    return samples
+        first = {pair.kind: pair for pair in reversed(pairs) if pair.kind in SHORT_KINDS}
+        for kind, pair in first.items():
+            meta = {"lang": "en", "kind": kind, "references": _short(pair)}
+            sample = Sample(f"{record.key}/qa-{kind}", (user(media_part(record, "image"), pair.question),), meta)
+            samples.setdefault((kind, meta["references"][0]), []).append(sample)
+    chosen = [sample for kind in SHORT_KINDS for sample in _balanced([v for (k, _), v in samples.items() if k == kind], seed)]
+    return sorted(chosen, key=lambda sample: sample.id)
+
+
+def _balanced(by_answer: list[list[Sample]], seed: int) -> list[Sample]:
+    """Of each answer at most as many samples as the third most frequent answer has; nothing where there is one answer only."""
+    sizes = sorted(map(len, by_answer), reverse=True)[:3]
+    return [sample for same in by_answer for sample in draw(same, sizes[-1], seed)] if len(sizes) > 1 else []
 
 
 def _short(pair: QA) -> list[str]:
-    """What an answer adds to its question, function words left out; for a setting, all its names."""
+    """What an answer adds to its question, function words left out; a number for a count, for a setting all its names."""
     words = re.findall(r"[a-z]+", pair.answer.lower())
     if pair.kind == "setting":
         return next(names for names in SETTINGS if any(name in words for name in names))
+    if pair.kind == "count":
+        return [word for word in words if word in COUNTS][:1] or [pair.answer]
     known = {*re.findall(r"[a-z]+", pair.question.lower())} | FILLERS
-    return [" ".join(word for word in words if word not in known) or pair.answer]
+    new = [i for i, word in enumerate(words) if word not in known]
+    inside = range(min(new), max(new) + 1) if new else []  # "black and white" keeps its "and"
+    return [" ".join(words[i] for i in inside if i in new or words[i] == "and") or pair.answer]
 
 
 def refusal() -> list[Sample]:

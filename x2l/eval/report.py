@@ -29,11 +29,13 @@ PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:right}
+.wide{overflow-x:auto}p img{max-width:100%}
+table{border-collapse:collapse;margin:1rem 0}td,th{white-space:nowrap;border:1px solid #ccc;padding:.3rem .6rem;text-align:right}
 td:first-child,th:first-child{text-align:left}.cards{display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(19rem,1fr))}
 .card{border:1px solid #ddd;border-radius:6px;padding:.7rem;font-size:13px}
 .card img,.card audio{max-width:100%;display:block}
+.card small{display:block;margin:.3rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
 .answer{font-weight:600}.control{color:#a33}.reference{color:#555}small{color:#777}pre{overflow:auto;font-size:12px}
 """
 
@@ -110,7 +112,8 @@ def _table(scored: dict[str, dict[str, Any]]) -> str:
     header, lines = _score_rows(scored)
     cells = [_cells("th", header), *(_cells("td", line) for line in lines)]
     cells += [_cells("td", line) for line in _published_rows(scored, header)]
-    return f"<table>{''.join(cells)}</table><small>[..] = 95 % bootstrap interval, resampled by image or speaker</small>"
+    note = "[..] = 95 % bootstrap interval, resampled by image or speaker"
+    return f"<div class=wide><table>{''.join(cells)}</table></div><small>{note}</small>"
 
 
 def _published_rows(scored: dict[str, dict[str, Any]], header: list[str]) -> list[list[str]]:
@@ -218,7 +221,7 @@ def _cards(ids: list[str], rows: dict[str, dict[str, dict[str, Any]]], runs: dic
 def _card(sample_id: str, rows: dict[str, dict[str, dict[str, Any]]], runs: dict[str, Path]) -> str:
     row = rows[""][sample_id]
     media = "".join(_shown(runs[""], part) for part in row["media"])
-    lines = [f"<small>{escape(sample_id)} · {escape(row['prompt'])}</small>", _line("answer", row["raw"])]
+    lines = [f"<small>{escape(sample_id)}\n{escape(row['prompt'].strip())}</small>", _line("answer", row["raw"])]
     for control in sorted(rows.keys() - {""}):
         other = rows[control].get(sample_id)
         if other is not None:

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 Hypotheses = Sequence[str | None]
 LOWER_IS_BETTER = ("WER", "CER")
 NOT_SKILLS = ("says yes", "neither", "no class")  # described beside the scores, neither good nor bad
-FIRST_SCORE = {"caption": "CIDEr"}  # by which samples are ranked; elsewhere the first one of the task
+FIRST_SCORE = {"caption": "CIDEr", "qa": "contains"}  # by which samples are ranked; elsewhere the first one of the task
 
 
 class Task(NamedTuple):
