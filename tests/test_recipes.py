@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny_model
+from torch import nn
 
 from x2l import train, words
-from x2l.build import build
+from x2l.build import build, load_strict, shipped_file
 from x2l.config import RECIPES, ModelConfig, load_model_config, load_train_config, shipped
+from x2l.modalities import MODALITIES
 
 STAGES = [name for name in shipped() if not name.startswith("models/")]
 ELSEWHERE = ("speech", "asr", "match", "video", "audio", "stage3", "all")  # test_{speech_stages,video,audio_events,stage3,...}.py
@@ -51,6 +53,17 @@ def test_image_stages_step_twice(
     assert (folder / ("qformer.safetensors" if raw.get("stage") == "blip2" else "image.safetensors")).is_file()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_shipped_weights_fit_the_default_model_strictly() -> None:
+    """Without the LLM and the encoders, of which the widths are enough: 576 and 1280."""
+    parts = load_model_config("tiny").modalities
+    for name, part in parts.items():
+        assert part.weights is not None
+        layers = nn.Sequential(*MODALITIES[name].interface(1280, 576, 0.1, **part.interface))
+        load_strict(layers, shipped_file(part.weights))
+    assert parts["video"].weights == parts["image"].weights  # and each frame is read as a picture (test_video.py)
+    assert sum(shipped_file(weights).stat().st_size for weights in {str(part.weights) for part in parts.values()}) < 100e6
 
 
 def test_a_checkpoint_with_missing_or_extra_keys_is_refused(llm_folder: Path, tmp_path: Path) -> None:
