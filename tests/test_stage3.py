@@ -100,10 +100,7 @@ def shrunk(name: str, llm: Path, root: Path, folder: Path, **changes: Any) -> Pa
     raw: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     names = ["image"] if raw["model"] == "tiny_image" else list(raw["model"]["modalities"])
     raw["model"] = {"llm": {"spec": str(llm)}, "modalities": {name: SMALL[name] for name in names}}
-    raw["init"] = {
-        part: source.replace("runs/tiny", str(folder)).replace("x2l:tiny/image", f"{folder}/stage2_image/final/image")
-        for part, source in raw.get("init", {}).items()
-    }
+    raw["init"] = {part: source.replace("runs/tiny", str(folder)) for part, source in raw.get("init", {}).items()}
     if "vocabulary" in raw.get("stage_args", {}):
         raw["stage_args"]["vocabulary"] = "[ a-z']"
     if "decoder" in raw.get("stage_args", {}):
@@ -225,6 +222,20 @@ def test_the_whole_chain_and_the_model_that_it_ends_in(
     save_file({name: tensor + 1 for name, tensor in state.items()}, first)
     with pytest.raises(TrainError, match="stage2_video was begun with another starts_from"):
         chain.train_recipe(str(tmp_path / "all.yaml"))
+
+
+def test_the_shipped_chain_starts_from_nothing_and_is_one_model() -> None:
+    """What a stage of tiny/all starts from is exported by one before it; all share one LLM."""
+    listed = load_chain_config("tiny/all")
+    assert listed is not None
+    done: set[str] = set()
+    for name in listed.stages:
+        cfg = load_train_config(name)
+        assert {source.removeprefix("image:").split("/final/")[0] for source in cfg.init.values()} <= done
+        assert set(cfg.fresh) == {part for part, each in cfg.model.modalities.items() if each.weights}
+        done.add(cfg.run)
+    recipe = chain.merged([load_train_config(name) for name in listed.stages])
+    assert sorted(recipe["modalities"]) == ["audio", "image", "speech", "video"]
 
 
 @pytest.mark.parametrize("at", ["stage2_image", "stage3"])
