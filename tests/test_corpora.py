@@ -22,7 +22,7 @@ RECIPE = """
 kind: vsdial
 takes: 2
 splits:
-  train: {path: "photos-*.tar", questions: train, voices: ["x:en-1", "x:zh-1"]}
+  train: {path: "photos-*.tar", questions: train, voices: ["x:en-1", "x:zh-1"], licence: research}
   test: {path: "photos-*.tar", questions: test, voices: ["x:en-9", "x:zh-9"]}
 """
 INSTRUCT = """
@@ -97,6 +97,7 @@ def test_make_both_sets_with_their_cards(tmp_path: Path, asked: list[int], monke
         assert f"| {voice} | " in card
     assert "| WER " in card
     assert "| CER " in card
+    assert "- research: " in card
     shards, calls = [path.read_bytes() for path in sorted((tmp_path / "vsd").glob("*.tar"))], len(asked)
     x2l(*vsdial)
     assert [path.read_bytes() for path in sorted((tmp_path / "vsd").glob("*.tar"))] == shards

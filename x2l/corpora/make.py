@@ -28,7 +28,7 @@ def make_vsdial(
         test = split.questions == "test"
         asked = vsdial.questions(source, test, MAKERS[split.source], recipe.pairs, photos, recipe.seed)
         asked = _first(asked, max_samples)
-        _, spoken = vsdial.build_vsdial(source, out, name, split.voices, asked, recipe.takes, recipe.seed, workers)
+        _, spoken = vsdial.build_vsdial(source, out, name, split.voices, asked, recipe.takes, recipe.seed, workers, split.licence)
         langs = ", ".join(f"{lang} {num}" for lang, num in sorted(Counter(each.lang for each in asked).items()))
         kinds = ", ".join(f"{kind} {num}" for kind, num in Counter(each.kind for each in asked).most_common())
         lines.append(
@@ -101,4 +101,4 @@ def write_card(out: Path, title: str, command: str, lines: Sequence[str], heard:
 
 
 def _licence(fields: dict[str, object]) -> str:
-    return str(fields.get("licence") or fields.get("source") or "not stated; that of the photos")
+    return str(fields.get("licence") or fields.get("source") or "not stated")

@@ -18,6 +18,7 @@ class SpokenSplit(Strict):
     questions: Literal["train", "test"]  # which side of the held-out questions
     voices: list[str]
     source: Literal["captions", "dialogues"] = "captions"
+    licence: str = ""  # of rows that state none
 
 
 class VSDialRecipe(Strict):

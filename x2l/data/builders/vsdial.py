@@ -116,7 +116,7 @@ def write_utterances(asked: Iterable[Asked], path: Path, takes: int, seed: int) 
 
 def build_vsdial(
     source: Source, out: Path, split: str, voices: Sequence[str], asked: list[Asked], takes: int = 2, seed: int = 0,
-    workers: int = 2, progress: bool = True,
+    workers: int = 2, licence: str = "", progress: bool = True,
 ) -> tuple[list[Path], Summary]:  # fmt: skip
     """Speak questions and write samples ``<out>/<split>-0000.tar``; run again after a kill, it goes on.
 
@@ -124,6 +124,7 @@ def build_vsdial(
 
     Args:
         source: where the photos of ``asked`` lie. voices: as ``Speak`` takes them. takes: utterances a question at most.
+        licence: of rows that state none.
 
     Returns:
         The shards, and what speaking gave.
@@ -141,10 +142,12 @@ def build_vsdial(
     places = {row.key: i for i, row in enumerate(spoken.rows)}
     for old in out.glob(f"{split}-[0-9]*.tar"):
         old.unlink()
-    return write_shards(_samples(source, spoken, places, asked, takes, seed), out, split), summary
+    return write_shards(_samples(source, spoken, places, asked, takes, seed, licence), out, split), summary
 
 
-def _samples(source: Source, spoken: Source, places: dict[str, int], asked: list[Asked], takes: int, seed: int) -> Iterator[Record]:
+def _samples(
+    source: Source, spoken: Source, places: dict[str, int], asked: list[Asked], takes: int, seed: int, licence: str
+) -> Iterator[Record]:
     """Photo, spoken question, answer; a question that could not be spoken has no sample."""
     order = list(asked)
     random.Random(seed).shuffle(order)
@@ -153,13 +156,14 @@ def _samples(source: Source, spoken: Source, places: dict[str, int], asked: list
         if place is not None:
             photo, utterance = source[each.row], spoken[place]
             image = next(ext for ext in photo.media if ext in EXTENSIONS["image"])
-            yield Record(each.key, _fields(each, photo, utterance, image), {image: photo.media[image], **utterance.media})
+            yield Record(each.key, _fields(each, photo, utterance, image, licence), {image: photo.media[image], **utterance.media})
 
 
-def _fields(asked: Asked, photo: Record, utterance: Record, image: str) -> dict[str, Any]:
+def _fields(asked: Asked, photo: Record, utterance: Record, image: str, licence: str) -> dict[str, Any]:
     (sound,) = utterance.media
     parts = [{"type": "image", "key": image}, {"type": "speech", "key": sound}]
-    known: dict[str, Any] = {name: photo.fields[name] for name in ("source", "licence") if name in photo.fields}
+    known: dict[str, Any] = {"licence": licence} if licence else {}
+    known |= {name: photo.fields[name] for name in ("source", "licence") if name in photo.fields}
     return {
         "id": asked.key,
         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": asked.answer}],
