@@ -176,10 +176,12 @@ def test_runs_of_two_models_make_no_table(board: Path) -> None:
 
 
 def blind_tasks(board: dict[str, Any]) -> list[str]:
-    """Tasks whose first score a control reaches to within the plain run's interval."""
+    """Tasks whose first score a control reaches to within the plain run's interval; one at chance is not solved at all."""
     found = []
     for task, scored in board["tasks"].items():
         plain = scored[""]
+        if tasks.at_chance(plain):
+            continue
         first = tasks.first_score(plain["task"], plain["scores"])
         found += [
             f"{task}: {control}" for control, other in scored.items() if control and first in tasks.solved_blind(plain, other)
@@ -199,6 +201,32 @@ def test_blind_tasks_are_found(board: Path, tmp_path: Path) -> None:
     assert "Not earned by looking: wrong-image" in readme.render(readme.collect(out))
 
 
+def test_a_balanced_task_at_chance_is_said_to_be_no_skill(tmp_path: Path) -> None:
+    """Whoever always says yes has solved nothing, so there is nothing to solve blind; whoever is better than that must look."""
+    asked = [
+        Sample(s.id, (user(s.media[0], word),), {"references": [word.lower()], "cluster": s.id})
+        for s, word in zip(pictures(40), ["Yes", "No"] * 20, strict=True)
+    ]
+    found = {}
+    for name, model in {"yes": Says("Yes."), "knows": Knows()}.items():
+        runs = [
+            predict(model, asked, tmp_path / name / str(control), task="pope", dataset="d", model_info=INFO, control=control)
+            for control in (None, "wrong-image")
+        ]
+        readme.remember(tmp_path / name, "x2l eval scoreboard data", runs, [])
+        found[name] = readme.collect(tmp_path / name)
+    assert "No better than guessing: 50 % are right without looking." in readme.render(found["yes"])
+    assert blind_tasks(found["yes"]) == []
+    assert blind_tasks(found["knows"]) == ["pope d: wrong-image"]
+
+
+class Knows:
+    """Right without looking: the wording of the question gives its answer away."""
+
+    def generate_text(self, samples: list[Sample], **decode: Any) -> list[str]:
+        return [sample.messages[0].text for sample in samples]
+
+
 def test_the_share_of_yes_is_no_skill() -> None:
     """A model that says yes as often about a wrong picture has not solved anything by it."""
     plain = {"scores": {"accuracy": {"value": 90, "low": 85, "high": 95}, "says yes": {"value": 50, "low": 45, "high": 55}}}
@@ -212,7 +240,8 @@ def test_every_image_task_of_the_scoreboard_has_a_control() -> None:
 
 
 KEPT = ROOT / "docs/scoreboard.json"
-kept = pytest.mark.skipif(not KEPT.exists(), reason="no scoreboard written yet: x2l eval table --readme README.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+kept = pytest.mark.skipif(readme.BEGIN not in README, reason="the README has no marks for a scoreboard")
 
 
 @kept
@@ -222,4 +251,4 @@ def test_no_image_task_of_the_readme_is_solved_blind() -> None:
 
 @kept
 def test_the_readme_shows_the_kept_scores() -> None:
-    assert readme.render(json.loads(KEPT.read_text(encoding="utf-8"))) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.render(json.loads(KEPT.read_text(encoding="utf-8"))) in README

@@ -16,6 +16,7 @@ Hypotheses = Sequence[str | None]
 LOWER_IS_BETTER = ("WER", "CER")
 NOT_SKILLS = ("says yes", "neither", "no class")  # described beside the scores, neither good nor bad
 FIRST_SCORE = {"caption": "CIDEr", "qa": "contains"}  # by which samples are ranked; elsewhere the first one of the task
+CHANCE = {"pope": 50.0}  # what the first score of a balanced task is for whoever does not look
 
 
 class Task(NamedTuple):
@@ -252,6 +253,12 @@ def solved_blind(plain: Row, control: Row) -> list[str]:
         if other <= value["high"] if name in LOWER_IS_BETTER else other >= value["low"]:
             blind.append(name)
     return blind
+
+
+def at_chance(plain: Row) -> bool:
+    """Whether the run's first score is no better than guessing, where that is known: nothing is solved, blind or seeing."""
+    first = first_score(plain["task"], plain["scores"])
+    return plain["task"] in CHANCE and bool(plain["scores"][first]["low"] <= CHANCE[plain["task"]])
 
 
 def exit_code(result: Row, min_coverage: float = 1.0) -> int:
