@@ -25,7 +25,7 @@ from x2l import chain, train, words
 from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.checkpoint import sha256
-from x2l.config import RECIPES, ModelConfig, TrainConfig, load_chain_config, load_train_config
+from x2l.config import RECIPES, ModelConfig, SourceConfig, TrainConfig, load_chain_config, load_train_config
 from x2l.data.collate import Collator
 from x2l.stages import STAGES, Stage
 from x2l.train import TrainError
@@ -170,6 +170,17 @@ def test_no_loss_on_instructions(llm_folder: Path, root: Path, tmp_path: Path) -
     supervised = {tokenizer.decode([i for i in row.tolist() if i >= 0]) for row in batch.labels}
     assert supervised == {"It is this.<|im_end|>"}
     assert sorted(batch.media) == ["image", "speech", "video"]
+
+
+def test_one_language_of_a_bilingual_set(tmp_path: Path) -> None:
+    rows = {f"r{i}": {"png": picture((i, 0, 0)), "json": json.dumps({"en": ["A dog ."], "lang": "en" if i % 3 else "zh"}).encode()}
+            for i in range(9)}  # fmt: skip
+    write_shard(tmp_path / "train.tar", rows | {"bad": {"png": b"", "json": b"{"}})
+    source = SourceConfig(path="train.tar", tasks={"caption": {}}, licence="made by the test", where={"lang": "en"})
+    feed = train.open_feed([source], str(tmp_path), 7, 0)
+    assert len(feed.index) == 6 + 1  # the broken row is counted when its turn comes
+    assert {family[0].id.split("/")[0] for family in feed.batch(0)} == {"r1", "r2", "r4", "r5", "r7", "r8"}
+    assert len(feed.issues) == 1
 
 
 def test_cached_formers_give_the_loss_of_live_ones(llm_folder: Path, root: Path, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class HoldoutConfig(Strict):
 
 class SourceConfig(Strict):
     path: str | list[str]  # globs of tar shards or JSONL; relative to data_root
+    where: dict[str, str | int] = Field(default_factory=dict)  # rows with these values of fields alone, such as lang: en
     holdout: HoldoutConfig | None = None
     tasks: dict[str, dict[str, Any]]  # task name -> options (data/tasks.py)
     licence: str  # goes into the model card's ledger

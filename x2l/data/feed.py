@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,12 +92,10 @@ def open_feed(sources: Sequence[Any], root: str, batch_size: int, seed: int, buc
     for source in sources:
         globs = [source.path] if isinstance(source.path, str) else source.path
         records: Sequence[Record] = read_source([str(Path(root) / glob) for glob in globs])
+        if source.where:
+            records = subset(records, partial(holds, source.where))
         if source.holdout:
-            wanted = source.holdout.part == "held_out"
-            records = Subset(
-                records,
-                [i for i, r in enumerate(records) if held_out(r, source.holdout.field, source.holdout.percent) == wanted],
-            )
+            records = subset(records, partial(in_part, source.holdout))
         streams.append(Stream(records, source.tasks))
     return Feed(streams, batch_size, seed, bucket=bucket)
 
@@ -112,6 +111,30 @@ class Subset(Sequence[Record]):
 
     def __getitem__(self, i: Any) -> Any:
         return self.records[self.chosen[i]]
+
+
+def subset(records: Sequence[Record], wanted: Callable[[Record], bool]) -> Subset:
+    """The records that are ``wanted``; unreadable ones stay, and are counted when their turn comes."""
+    chosen = []
+    for i in range(len(records)):
+        try:
+            record = records[i]
+        except DataError:
+            chosen.append(i)
+            continue
+        if wanted(record):
+            chosen.append(i)
+    return Subset(records, chosen)
+
+
+def holds(fields: Mapping[str, Any], record: Record) -> bool:
+    """Whether a record has these values."""
+    return all(record.fields.get(name) == value for name, value in fields.items())
+
+
+def in_part(split: Any, record: Record) -> bool:
+    """Whether a record is in the part of a split (``field``, ``percent``, ``part``)."""
+    return held_out(record, split.field, split.percent) == (split.part == "held_out")
 
 
 def held_out(record: Record, field: str, percent: int) -> bool:
