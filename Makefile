@@ -28,8 +28,8 @@ data/.linked: $(BIN)/x2l
 	ln -sfn $(abspath $(DATA))/* data/
 	@touch $@
 
-data/spoken_questions: data/.linked
-	$(BIN)/x2l data questions $@
+data/spoken_questions/held_out-0000.tar: data/.linked
+	$(BIN)/x2l data questions data/spoken_questions
 
 data/vsdial-mini/README.md: data/.linked
 	$(BIN)/pip install -q -e '.[data]'
@@ -38,7 +38,7 @@ data/vsdial-mini/README.md: data/.linked
 data/xllm-instruct-mini/README.md: data/vsdial-mini/README.md
 	$(BIN)/x2l data make xllm-instruct-mini --data-root data --vsdial data/vsdial-mini --out data/xllm-instruct-mini
 
-train: data/spoken_questions data/xllm-instruct-mini/README.md  ## all stages; then: x2l chat --model runs/tiny/all
+train: data/spoken_questions/held_out-0000.tar data/xllm-instruct-mini/README.md  ## all stages; then: x2l chat --model runs/tiny/all
 	$(BIN)/x2l train tiny/all data_root=data
 
 reproduce: train  ## the paper's findings, SCALE=small (or smoke, medium, full)

@@ -301,6 +301,14 @@ def test_a_chain_needs_one_llm(llm_folder: Path, root: Path, tmp_path: Path) -> 
         chain.train_chain([other, stages[1]], tmp_path / "all")
 
 
+def test_data_that_are_not_there_are_told_at_once(llm_folder: Path, root: Path, tmp_path: Path) -> None:
+    stages = [load_train_config(str(shrunk(name, llm_folder, root, tmp_path))) for name in ("tiny/stage2_image", "tiny/stage3")]
+    stages[1] = stages[1].model_copy(update={"data_root": str(tmp_path / "elsewhere")})
+    with pytest.raises(ValueError, match=r"no data at .*elsewhere/xllm-instruct-mini/train-\*\.tar: make or link them"):
+        chain.train_chain(stages, tmp_path / "all")
+    assert not (tmp_path / "stage2_image").exists()
+
+
 def test_the_export_tells_what_was_frozen(llm_folder: Path, root: Path, tmp_path: Path) -> None:
     untrained(llm_folder, tmp_path, "image", "video", "speech")
     folder = train.train(load_train_config(str(shrunk("tiny/stage3", llm_folder, root, tmp_path))))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from x2l.build import IMPORTERS
 from x2l.checkpoint import sha256
 from x2l.config import ModelConfig, TrainConfig, digest, load_chain_config, load_train_config
+from x2l.eval.records import read_json, write_json
 from x2l.train import NOT_IDENTITY, TrainError, train
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,16 @@ def train_chain(stages: Sequence[TrainConfig], run: Path) -> Path:
 
     Raises:
         TrainError: a stage was begun with another recipe, or from weights that have changed since.
-        ValueError: the stages do not share one LLM.
+        ValueError: the stages do not share one LLM, or data of some stage are not there.
     """
-    merged(stages)  # a chain that cannot become one model is refused before it costs anything
+    merged(stages)  # what cannot come to its end is refused before it costs anything
+    lacking = [str(pattern) for cfg in stages for pattern in patterns(cfg) if not glob(pattern)]
+    if lacking:
+        raise ValueError(f"no data at {', '.join(dict.fromkeys(lacking))}: make or link them (docs/train.md), or set data_root")
     for number, cfg in enumerate(stages, 1):
         record = Path(cfg.run) / "chain.json"
         begun = {"recipe": digest(cfg, exclude=NOT_IDENTITY), "starts_from": origins(cfg)}
-        found = json.loads(record.read_text()) if record.is_file() else begun
+        found = read_json(record) if record.is_file() else begun
         changed = [name for name in begun if found[name] != begun[name]]
         if changed:
             raise TrainError(f"{cfg.run} was begun with another {changed[0]}: delete the folder to train this stage again")
@@ -54,10 +58,10 @@ def train_chain(stages: Sequence[TrainConfig], run: Path) -> Path:
             continue
         log.info("stage %d of %d, %s", number, len(stages), cfg.run)
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(begun))
+        write_json(record, begun)
         train(cfg)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the next stage listens, there is no step to save
-        record.write_text(json.dumps(begun | {"complete": True}))
+        write_json(record, begun | {"complete": True})
     run.mkdir(parents=True, exist_ok=True)
     recipe = merged(stages)
     for cfg in stages:
@@ -84,6 +88,14 @@ def merged(stages: Sequence[TrainConfig]) -> dict[str, Any]:
     model = ModelConfig(llm=last.llm, template=last.template, modalities=modalities)
     recipe: dict[str, Any] = model.model_dump(exclude_defaults=True)
     return recipe
+
+
+def patterns(cfg: TrainConfig) -> Iterator[str]:
+    """The local files that a stage reads, as globs."""
+    for source in [*cfg.data, *cfg.val]:
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            if "://" not in f"{cfg.data_root}/{path}":
+                yield str(Path(cfg.data_root) / path)
 
 
 def origins(cfg: TrainConfig) -> dict[str, str]:
