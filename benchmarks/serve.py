@@ -26,6 +26,7 @@ import transformers
 
 from x2l.assistant import Assistant
 from x2l.demo import PHOTOS
+from x2l.model import cache_name
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.engine import Engine, EngineConfig
 from x2l.serve.lanes import Caches, Lanes
@@ -125,7 +126,7 @@ def steps(bench: Bench) -> None:
         lanes = Lanes(llm, Caches(llm))
         for i in range(rows):
             length = 60 + 5 * i
-            lanes.join(llm(input_ids=torch.full((1, length), 5), use_cache=True, logits_to_keep=1).past_key_values, length)
+            lanes.join(llm(input_ids=torch.full((1, length), 5), use_cache=True, logits_to_keep=1)[cache_name(llm)], length)
         return 1e3 * min(clock(lambda: lanes.step([5] * rows))[0] for _ in range(12))
 
     with torch.inference_mode():

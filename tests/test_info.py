@@ -31,6 +31,7 @@ from x2l.interfaces.qformer import QFormer
 from x2l.llm import sketch_llm
 from x2l.modalities.speech import FrozenListener
 from x2l.modalities.video import FrameQFormer, Frames
+from x2l.model import cache_name
 from x2l.types import Features
 
 
@@ -165,8 +166,8 @@ def test_llm_operations(heads: int) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     ids = torch.zeros(1, 11, dtype=torch.long)
     assert flops.llm(model, 11, 11) == pytest.approx(counted(lambda: model(input_ids=ids, use_cache=False)), rel=0.01)
-    past = model(input_ids=ids).past_key_values
-    step = counted(lambda: model(input_ids=ids[:, :1], past_key_values=past))
+    past = model(input_ids=ids)[cache_name(model)]
+    step = counted(lambda: model(input_ids=ids[:, :1], **{cache_name(model): past}))
     assert flops.llm(model, 1, 1, past=11) == pytest.approx(step, rel=0.01)
 
 

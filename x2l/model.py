@@ -5,6 +5,7 @@ Batch -> modalities -> splice -> LLM -> loss, or text
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -74,8 +75,8 @@ class XLLM(nn.Module):
             inputs_embeds=spliced.embeds[:, start:],
             attention_mask=additive(visible[:, start:], spliced.embeds.dtype),
             position_ids=positions(visible)[:, start:],
-            past_key_values=prefix_cache(self.llm, spliced.embeds[:, :start]) if start else None,
             use_cache=start > 0,
+            **({cache_name(self.llm): prefix_cache(self.llm, spliced.embeds[:, :start])} if start else {}),
         ).last_hidden_state
         supervised = hidden[rows, parents(visible)[rows, cols] - start]
         return Output(head_loss(self.llm.get_output_embeddings(), supervised, spliced.labels[rows, cols]), len(rows))
@@ -103,18 +104,17 @@ class XLLM(nn.Module):
         check_context(self.llm, spliced.embeds.shape[1], max_new_tokens)
         mask = (spliced.reach > 0).long()
         step: dict[str, Any] = {"inputs_embeds": spliced.embeds}
-        cache, done = None, torch.zeros(len(mask), dtype=torch.bool, device=self.device)
+        cache, done = cache_name(self.llm), torch.zeros(len(mask), dtype=torch.bool, device=self.device)
         stops = torch.tensor([*eos], device=self.device)
         for _ in range(max_new_tokens):
             at = (mask.cumsum(1) - 1).clamp_min(0)[:, -step[next(iter(step))].shape[1] :]
-            out = self.llm(**step, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = self.llm(**step, attention_mask=mask, position_ids=at, use_cache=True, logits_to_keep=1)
             token = sample(out.logits[:, -1], temperature, top_p, generator)
             done |= torch.isin(token, stops)
             yield [None if stop else int(t) for t, stop in zip(token, done, strict=True)]
             if bool(done.all()):
                 return
-            step = {"input_ids": token[:, None]}
+            step = {"input_ids": token[:, None], cache: out[cache]}
             mask = F.pad(mask, (0, 1), value=1)
 
     @torch.inference_mode()
@@ -144,26 +144,31 @@ class XLLM(nn.Module):
             attention_mask=mask[:, :-1],
             position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, :-1],
             use_cache=True,
-        ).past_key_values
+        )[cache_name(self.llm)]
         prompt.batch_repeat_interleave(num_beams)
         out = self.llm.generate(
             inputs_embeds=spliced.embeds,
             attention_mask=mask,
-            past_key_values=prompt,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
             eos_token_id=list(eos) or None,
             pad_token_id=pad,
+            **{cache_name(self.llm): prompt},
         )
         stops = {*eos, pad}
         return [ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))] for ids in out.tolist()]
 
 
+def cache_name(llm: Any) -> str:
+    """What the LLM calls the states of earlier positions, as an argument and in its output; transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def prefix_cache(llm: Any, embeds_BPD: Tensor) -> Any:
     """The LLM's cache of a prefix that B rows share: run once, on the first row, and repeated for all."""
-    cache = llm.get_decoder()(inputs_embeds=embeds_BPD[:1], use_cache=True).past_key_values
+    cache = llm.get_decoder()(inputs_embeds=embeds_BPD[:1], use_cache=True)[cache_name(llm)]
     cache.batch_repeat_interleave(len(embeds_BPD))
     return cache
 

@@ -333,12 +333,12 @@ class Engine:
         end = min(job.length + self.config.prefill_chunk, job.prompt_length)
         out = self.model.llm(
             inputs_embeds=job.embeds[:, job.length : end],
-            past_key_values=job.cache,
             position_ids=torch.arange(job.length, end, device=self.model.device)[None],
             use_cache=True,
             logits_to_keep=1,
+            **{self._caches.name: job.cache},
         )
-        job.cache, job.length = out.past_key_values, end
+        job.cache, job.length = out[self._caches.name], end
         if end < job.prompt_length:
             return None
         self.stats.prompt_tokens += job.prompt_length

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from x2l.model import cache_name
 from x2l.serve.store import KV
 
 ROOM = 64  # positions that are added when there is none left
@@ -25,7 +26,8 @@ class Caches:
     """
 
     def __init__(self, llm: Any):
-        probe = llm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=llm.device), use_cache=True).past_key_values
+        self.name = cache_name(llm)
+        probe = llm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=llm.device), use_cache=True)[self.name]
         self.config, self.make = llm.config, type(probe)
         if any(getattr(probe, "is_sliding", [])) or any(getattr(layer, "keys", None) is None for layer in probe.layers):
             raise ValueError("serving needs an LLM whose layers all attend to every position; this one keeps other states")
@@ -72,8 +74,8 @@ class Lanes:
             input_ids=torch.tensor(tokens, device=device)[:, None],
             attention_mask=None if bool(mask.all()) else mask.long(),
             position_ids=length,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self.caches.name: self._cache},
         )
         self.lengths = [n + 1 for n in self.lengths]
         return out.logits[:, -1]
