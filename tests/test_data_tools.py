@@ -135,6 +135,13 @@ def test_view_shows_every_row_and_escapes(mixed: Path, tmp_path: Path) -> None:
     assert page.count("data:image/jpeg;base64,") == 4
     assert page.count("<audio controls") == 5
     assert "bad row: the image is damaged" in page
+    talk = [{"role": "user", "content": [{"type": "image", "key": "png"}, {"type": "text", "text": "Why <b>?"}]}]
+    fields = {"messages": talk, "provenance": [{"transform": "speak"}]}
+    told = {"y": {"png": picture((0, 0, 0)), "opus": sound(0.1), "json": json.dumps(fields).encode()}}
+    page = view(str(write_shard(tmp_path / "t.tar", told)), tmp_path / "t.html").read_text()
+    assert "<b>user</b> &lt;image&gt; Why &lt;b&gt;?" in page
+    assert "data:audio/ogg;base64," in page
+    assert "<details><summary>provenance" in page
     hostile = {"x": {"png": picture((0, 0, 0)), "json": b'{"en": ["<script>alert(1)</script>"]}'}}
     page = view(str(write_shard(tmp_path / "h.tar", hostile)), tmp_path / "h.html").read_text()
     assert "<script>" not in page

@@ -155,6 +155,8 @@ def _histograms(values: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(6, 2.5 * len(values)), layout="constrained")
     for axes, (name, numbers) in zip(figure.subplots(len(values), squeeze=False)[:, 0], sorted(values.items()), strict=True):
         axes.hist(numbers, bins=40)
+        axes.ticklabel_format(axis="x", useOffset=False, style="plain")
+        axes.set_ylabel("number", fontsize=8)
         axes.set_title(name, fontsize=9)
     figure.savefig(path)
 
@@ -258,12 +260,31 @@ def view(spec: str | Sequence[str], out: str | Path, num: int = 24, seed: int = 
         try:
             record = source[i]
             shown = "".join(_player(ext, blob) for ext, blob in record.media.items())
-            fields = json.dumps(record.fields, ensure_ascii=False, indent=1)
-        except (DataError, MediaError) as error:
-            shown, fields, record = "", f"bad row: {error}", Record(source.rows[i].key, {})
-        cards.append(f"<figure>{shown}<figcaption>{html.escape(record.key)}</figcaption><pre>{html.escape(fields)}</pre></figure>")
+            shown += _told(record.fields)
+        except (DataError, MediaError, LookupError, TypeError, AttributeError) as error:
+            shown, record = f"<p>bad row: {html.escape(str(error))}</p>", Record(source.rows[i].key, {})
+        cards.append(f"<figure><figcaption>{html.escape(record.key)}</figcaption>{shown}</figure>")
     Path(out).write_text(PAGE.format(title=html.escape(str(spec)), cards="\n".join(cards)), encoding="utf-8")
     return Path(out)
+
+
+def _told(fields: dict[str, Any]) -> str:
+    """What is said in a row, turn by turn, and its other fields; how they were made is folded."""
+    lines = []
+    for message in fields.get("messages", []):
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        said = " ".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)
+        lines.append(f"<p><b>{html.escape(message['role'])}</b> {html.escape(said)}</p>")
+    rest = {name: value for name, value in fields.items() if name not in ("messages", "provenance")}
+    lines.append(f"<pre>{html.escape(json.dumps(rest, ensure_ascii=False, indent=1))}</pre>")
+    if "provenance" in fields:
+        made = html.escape(json.dumps(fields["provenance"], ensure_ascii=False, indent=1))
+        lines.append(f"<details><summary>provenance</summary><pre>{made}</pre></details>")
+    return "".join(lines)
+
+
+MIME = {"opus": "ogg", "oga": "ogg", "mp3": "mpeg", "m4a": "mp4", "mkv": "webm"}  # where browsers have another name for it
 
 
 def _player(ext: str, blob: bytes) -> str:
@@ -277,11 +298,11 @@ def _player(ext: str, blob: bytes) -> str:
     if kind is None or len(blob) > 4 << 20:
         return f"<p>{html.escape(ext)}, {len(blob)} bytes</p>"
     tag = {"sound": "audio", "video": "video"}[kind]
-    return f'<{tag} controls src="data:{tag}/{ext};base64,{base64.b64encode(blob).decode()}"></{tag}>'
+    return f'<{tag} controls src="data:{tag}/{MIME.get(ext, ext)};base64,{base64.b64encode(blob).decode()}"></{tag}>'
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:14px sans-serif;display:flex;flex-wrap:wrap;gap:12px}}figure{{width:270px;margin:0;border:1px solid #ccc;
-padding:6px}}pre{{white-space:pre-wrap;font-size:12px}}audio,video{{width:100%}}</style>
+padding:6px}}p{{margin:4px 0}}pre{{white-space:pre-wrap;font-size:12px}}audio,video{{width:100%}}</style>
 {cards}
 """
