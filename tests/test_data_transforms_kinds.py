@@ -275,6 +275,7 @@ def test_vsdial_and_instruction_set(hum: None, tmp_path: Path) -> None:
     for row in rows:
         (sample,) = messages_task(row, random.Random(0))
         pool = {"image-text": "caption", "image-text-speech": "spoken_question"}[row.fields["kind"]]
+        assert ("text" in row.fields) == (pool == "spoken_question"), "what is asked aloud is written down"
         assert sample.messages[0].content[-1].text in instructions(pool, row.fields["lang"])
     assert not validate([str(path) for path in shards], progress=False).issues.reasons
 

@@ -114,7 +114,7 @@ def _samples(parts: list[Part], split: str, seed: int) -> Iterator[Record]:
 
 
 def _fields(key: str, part: Part, record: Record, content: list[dict[str, Any]], answer: str) -> dict[str, Any]:
-    kept = {name: record.fields[name] for name in ("spk", "source", PROVENANCE) if name in record.fields}
+    kept = {name: record.fields[name] for name in ("text", "spk", "source", PROVENANCE) if name in record.fields}
     return {
         "id": key,
         "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
