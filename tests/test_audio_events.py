@@ -154,7 +154,14 @@ def test_the_recipe_steps_twice(llm_folder: Path, tmp_path: Path, monkeypatch: p
     raw["model"] = tiny_model(llm_folder, audio=audio)
     rows = {r.key: {**r.media, "json": json.dumps(r.fields | {"fold": 1}).encode()} for r in records(6)}
     write_shard(tmp_path / "data/esc10/train-0000.tar", rows)
-    raw |= {"data_root": str(tmp_path / "data"), "run": str(tmp_path / "run"), "init": {}, "steps": 3, "epochs": None, "batch_size": 4}
+    raw |= {
+        "data_root": str(tmp_path / "data"),
+        "run": str(tmp_path / "run"),
+        "init": {},
+        "steps": 3,
+        "epochs": None,
+        "batch_size": 4,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     folder = train.train(load_train_config(str(tmp_path / "recipe.yaml")))
     assert (folder / "audio.safetensors").is_file()
