@@ -16,6 +16,16 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
     assert (cfg.schedule.warmup_steps, cfg.data[0].path, cfg.model.template.name, cfg.steps) == (7, "mine-*.tar", "paper", 1)
 
 
+def test_a_stage_builds_the_modalities_that_it_names_alone() -> None:
+    assert list(load_train_config("tiny/stage2_image").model.modalities) == ["image"]
+    assert list(load_train_config("tiny/stage2_image", ["only=[audio, image]"]).model.modalities) == ["audio", "image"]
+
+
+def test_an_override_of_an_alias_leaves_the_other_as_it_is() -> None:
+    cfg = load_model_config("tiny", ["modalities.video.interface.depth=1"])
+    assert [cfg.modalities[name].interface["depth"] for name in ("image", "video")] == [4, 1]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -26,6 +36,7 @@ def test_overrides_reach_nested_keys_and_list_items() -> None:
         ("batch_size=many", "batch_size: .*'many'"),
         ("batch_size", "an override is key=value"),
         ("run.deeper=1", "'run' has no keys below it"),
+        ("only=[imag]", "no modality 'imag'; did you mean 'image'.*it has image, video, audio"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, message: str) -> None:

@@ -98,7 +98,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shrunk(name: str, llm: Path, root: Path, folder: Path, **changes: Any) -> Path:
     """A shipped tiny recipe on tiny random models, its runs below ``folder``."""
     raw: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    names = ["image"] if raw["model"] == "tiny_image" else list(raw["model"]["modalities"])
+    names = raw.get("only") or list(raw["model"]["modalities"])
     raw["model"] = {"llm": {"spec": str(llm)}, "modalities": {name: SMALL[name] for name in names}}
     raw["init"] = {part: source.replace("runs/tiny", str(folder)) for part, source in raw.get("init", {}).items()}
     if "vocabulary" in raw.get("stage_args", {}):

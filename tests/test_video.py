@@ -339,7 +339,7 @@ def test_the_recipe_steps_twice(llm_folder: Path, tmp_path: Path, monkeypatch: p
     image = tiny_model(llm_folder)["modalities"]["image"]  # type: ignore[index]
     first = build(ModelConfig.model_validate(tiny_model(llm_folder))).model.modalities["image"].get_submodule("interface")
     save_file({name: t.contiguous() for name, t in first.state_dict().items()}, tmp_path / "image.safetensors")
-    raw["model"] = tiny_model(llm_folder, video=image | {"decode": raw["model"]["modalities"]["video"].get("decode", {})})
+    raw["model"] = tiny_model(llm_folder, video=image)
     raw["init"] = dict.fromkeys(raw["init"], f"image:{tmp_path / 'image.safetensors'}")
     rows = {
         f"v{i}": {"mkv": clip("matroska", num=10 + i), "json": json.dumps({"text": "bin red", "lang": "en"}).encode()}

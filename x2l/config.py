@@ -139,7 +139,9 @@ def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A training recipe by shipped name (``tiny/stage2_image``) or path; its ``model:`` may name a model recipe.
+    """A training recipe by shipped name (``tiny/stage2_image``) or path.
+
+    Its ``model:`` may name a model recipe, of whose modalities ``only:`` lists those that the stage builds.
 
     Raises:
         ValueError: no such recipe, an unknown key (the nearest one is named), or a value of the wrong type.
@@ -150,7 +152,10 @@ def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     raw.setdefault("run", _run_folder(name))
     raw.setdefault("steps", None)
     raw.setdefault("epochs", None)
-    return _validate(TrainConfig, _override(raw, overrides), name)
+    raw = _override(raw, overrides)
+    if only := raw.pop("only", None):
+        raw["model"]["modalities"] = _chosen(raw["model"]["modalities"], only, name)
+    return _validate(TrainConfig, raw, name)
 
 
 def load_chain_config(name: str, overrides: Sequence[str] = ()) -> ChainConfig | None:
@@ -161,6 +166,14 @@ def load_chain_config(name: str, overrides: Sequence[str] = ()) -> ChainConfig |
     raw.setdefault("run", _run_folder(name))
     config: ChainConfig = _validate(ChainConfig, _override(raw, [o for o in overrides if o.startswith("run=")]), name)
     return config
+
+
+def _chosen(modalities: dict[str, Any], only: Sequence[str], name: str) -> dict[str, Any]:
+    for wanted in only:
+        if wanted not in modalities:
+            near = _nearest(wanted, [*modalities])
+            raise ValueError(f"recipe {name}: only: the model has no modality {wanted!r}{near}; it has {', '.join(modalities)}")
+    return {wanted: modalities[wanted] for wanted in only}
 
 
 def _run_folder(name: str) -> str:
@@ -191,7 +204,8 @@ def _read(name: str, folder: str) -> dict[str, Any]:
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a recipe is a mapping, not {type(raw).__name__}")
-    return raw
+    unaliased: dict[str, Any] = json.loads(json.dumps(raw))  # an override of one alias must not change the others
+    return unaliased
 
 
 def _override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
