@@ -367,7 +367,7 @@ def exported(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "mine.yaml").write_text(json.dumps(recipe.model_dump(exclude_defaults=True)))
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["export", "vllm", "--model", str(tmp_path / "mine.yaml"), "--out", str(out)])
-    assert (done.exit_code, "README.md has the two commands" in done.output.replace("\n", "")) == (0, True)
+    assert (done.exit_code, "has the two commands" in " ".join(done.output.split())) == (0, True)
     monkeypatch.chdir(out)
     return out
 
