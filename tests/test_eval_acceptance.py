@@ -180,7 +180,7 @@ def blind_tasks(board: dict[str, Any]) -> list[str]:
     found = []
     for task, scored in board["tasks"].items():
         plain = scored[""]
-        if tasks.at_chance(plain):
+        if tasks.no_skill(plain):
             continue
         first = tasks.first_score(plain["task"], plain["scores"])
         found += [
@@ -232,6 +232,13 @@ def test_the_share_of_yes_is_no_skill() -> None:
     plain = {"scores": {"accuracy": {"value": 90, "low": 85, "high": 95}, "says yes": {"value": 50, "low": 45, "high": 55}}}
     control = {"scores": {"accuracy": {"value": 50}, "says yes": {"value": 50}}}
     assert tasks.solved_blind(plain, control) == []
+
+
+def test_words_no_better_than_silence_are_no_skill() -> None:
+    """An empty answer has 100 % errors: whoever makes as many has read nothing off any lips."""
+    wer = {"value": 160, "low": 140, "high": 185}
+    assert tasks.no_skill({"task": "lips", "scores": {"WER": wer}}) == "No better than silence, whose WER is 100."
+    assert tasks.no_skill({"task": "lips", "scores": {"WER": wer | {"high": 99.0}}}) == ""
 
 
 def test_every_image_task_of_the_scoreboard_has_a_control() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from x2l.eval import records
-from x2l.eval.tasks import CHANCE, LOWER_IS_BETTER, at_chance, per_sample, results, solved_blind, stored_score
+from x2l.eval.tasks import LOWER_IS_BETTER, no_skill, per_sample, results, solved_blind, stored_score
 
 # Rows of others to stand beside, by task and language. Figures as printed in the papers, on the full test sets.
 PUBLISHED: dict[tuple[str, str], dict[str, dict[str, float]]] = {
@@ -182,8 +182,8 @@ def format_score(value: Any) -> str:
 
 def _blind(scored: dict[str, dict[str, Any]]) -> list[str]:
     """A sentence for each control that reaches the plain run's interval, or one that says that nothing was solved."""
-    if "" in scored and at_chance(scored[""]):
-        return [f"No better than guessing: {CHANCE[scored['']['task']]:g} % are right without looking."]
+    if "" in scored and (reason := no_skill(scored[""])):
+        return [reason]
     blind = {control: solved_blind(scored[""], result) for control, result in scored.items() if control and "" in scored}
     return [
         f"Not earned by looking: {control} reaches the plain run's interval in {', '.join(names)}."

@@ -255,10 +255,15 @@ def solved_blind(plain: Row, control: Row) -> list[str]:
     return blind
 
 
-def at_chance(plain: Row) -> bool:
-    """Whether the run's first score is no better than guessing, where that is known: nothing is solved, blind or seeing."""
+def no_skill(plain: Row) -> str:
+    """Why the run's first score shows nothing that was solved, blind or seeing, where that is known; else empty."""
     first = first_score(plain["task"], plain["scores"])
-    return plain["task"] in CHANCE and bool(plain["scores"][first]["low"] <= CHANCE[plain["task"]])
+    value = plain["scores"][first]
+    if first in LOWER_IS_BETTER and value["high"] >= 100:
+        return f"No better than silence, whose {first} is 100."
+    if plain["task"] in CHANCE and value["low"] <= CHANCE[plain["task"]]:
+        return f"No better than guessing: {CHANCE[plain['task']]:g} % are right without looking."
+    return ""
 
 
 def exit_code(result: Row, min_coverage: float = 1.0) -> int:

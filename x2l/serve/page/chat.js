@@ -16,6 +16,7 @@ let edited = null; // index of the turn that is being edited
 let running = null; // AbortController of the answers in progress
 let recorder = null;
 let opening = false; // the microphone: the browser may be asking the person
+let unwanted = false; // Escape, before the microphone was open
 
 // --- what is said to the person -----------------------------------------------------------------------------------
 
@@ -188,6 +189,7 @@ async function record() {
   }
   if (opening) return;
   opening = true;
+  unwanted = false;
   const tick = (seconds) => {
     $("clock").textContent = `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
     if (recorder && seconds >= site.max_seconds) record();
@@ -200,6 +202,7 @@ async function record() {
   } finally {
     opening = false;
   }
+  if (unwanted) return discard();
   button.setAttribute("aria-pressed", "true");
   button.setAttribute("aria-label", recordingText());
   button.title = recordingText();
@@ -214,6 +217,7 @@ function release() {
   recorder = null;
   $("record").setAttribute("aria-pressed", "false");
   $("clock").hidden = true;
+  $("clock").textContent = "";
   showControls();
   $("question").focus();
 }
@@ -359,6 +363,7 @@ $("question").onkeydown = (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || $("dialog").open) return;
   if (recorder) discard();
+  else if (opening) unwanted = true;
   else if (running) running.abort();
   else if (edited !== null) cancelEdit();
 });
