@@ -28,7 +28,8 @@ from x2l.assistant import Assistant
 from x2l.demo import PHOTOS
 from x2l.model import cache_name
 from x2l.serve.app import ServerConfig, create_app
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.server import Server
 from x2l.serve.store import EmbeddingStore, PrefixStore

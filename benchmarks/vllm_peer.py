@@ -29,7 +29,8 @@ from serve import QUESTIONS, TEXTS, Bench
 
 from x2l.export import export_vllm
 from x2l.serve.answer import Decode
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.store import PrefixStore
 from x2l.serve.vllm import VllmEngine
 from x2l.types import Message, Part, user

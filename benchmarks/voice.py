@@ -33,7 +33,8 @@ from x2l.config import load_train_config
 from x2l.data.media import decode_audio
 from x2l.serve.answer import Answer, Decode
 from x2l.serve.chat import submit
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.pauses import RATE, Pauses
 from x2l.serve.store import EmbeddingStore, PrefixStore
 from x2l.serve.voice import VoiceTurn, wav

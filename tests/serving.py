@@ -23,7 +23,8 @@ import yaml
 from x2l.assistant import Assistant
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.decoders import DecoderPool
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.server import Server
 
 ROOT = str(Path(__file__).parents[1])

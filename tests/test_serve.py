@@ -29,7 +29,7 @@ from serving import KEY, Running, check_error, data_url, image_part, rss, runnin
 from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
-from x2l.serve.engine import EngineConfig
+from x2l.serve.intake import EngineConfig
 from x2l.serve.limits import Limits
 from x2l.serve.server import read_keys, run
 from x2l.types import Message, Part, assistant, user

@@ -20,7 +20,8 @@ from x2l.build import build
 from x2l.config import ModelConfig
 from x2l.serve import lanes
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.store import EmbeddingStore, Prefix, PrefixStore, _common
 from x2l.serve.text import TextStream
 from x2l.types import Message, Part, assistant, user

@@ -26,7 +26,8 @@ from x2l.build import build
 from x2l.config import ModelConfig
 from x2l.serve import server as serve_server
 from x2l.serve.answer import Decode
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.limits import Limits
 from x2l.serve.pauses import RATE, TAIL, Pauses
 from x2l.serve.voice import VoiceTurn, wav

@@ -31,7 +31,8 @@ from x2l.demo import PHOTOS, QUESTIONS
 from x2l.export import export_vllm
 from x2l.llm import load_llm, read_table
 from x2l.serve.answer import Busy, Decode, EngineError, Timeout
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.server import run
 from x2l.serve.vllm import KEY_VARIABLE, VllmEngine, connect
 from x2l.types import Message, Part, assistant, user
@@ -239,7 +240,7 @@ def test_sampling_and_owners_are_passed_on(engine: VllmEngine, upstream: StandIn
 
 
 def test_the_context_is_the_smaller_of_both(engine: VllmEngine) -> None:
-    assert engine.context == 300
+    assert engine.intake.context == 300
     engine.stops = set()
     answer = engine.submit([user("x" * 200)], Decode())
     "".join(answer)

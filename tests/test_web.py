@@ -29,7 +29,8 @@ from x2l.build import build
 from x2l.config import ModelConfig
 from x2l.data.media import decode_audio
 from x2l.serve.app import ServerConfig
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import EngineConfig
 from x2l.serve.server import served_names
 from x2l.serve.web import CHINESE, add_page, knows_chinese
 from x2l.types import Part, assistant, user

@@ -10,59 +10,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from x2l.assistant import Assistant
-from x2l.data.collate import Decoder, raw
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
-from x2l.serve.job import Item, Job, content_key
+from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
+from x2l.serve.job import Job
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
-from x2l.serve.text import TextStream
 from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
-DecodeMedia = Callable[[Decoder, bytes, Mapping[str, Any]], Any]  # decoder, file, options -> what a processor takes
 STALLED = 120.0  # seconds without a turn of the loop while there is work, after which the engine counts as dead
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Bounds of the engine; bytes are bytes, times seconds."""
-
-    max_batch: int = 8
-    max_queue: int = 64
-    max_new_tokens: int = 1024  # of one answer
-    max_text_chars: int = 1_000_000  # of one conversation, before it is tokenised
-    prefill_chunk: int = 512  # positions of a prompt that are computed between two tokens of the other answers
-    kv_bytes: int = 2 << 30  # states of all answers in progress
-    prefix_bytes: int = 512 << 20
-    embedding_bytes: int = 256 << 20
-    request_seconds: float = 300.0
-
-
-@dataclass
-class Stats:
-    """Counts since the start."""
-
-    requests: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    errors: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    embedding_hits: int = 0
-    embedding_misses: int = 0
 
 
 class Engine:
@@ -82,13 +45,13 @@ class Engine:
     def __init__(
         self,
         assistant: Assistant,
-        config: EngineConfig = EngineConfig(),
+        config: EngineConfig = EngineConfig(),  # noqa: B008
         decode_media: DecodeMedia | None = None,
     ):
-        self.assistant, self.config, self._decode_media = assistant, config, decode_media
+        self.assistant, self.config = assistant, config
         self.model, self.stats = assistant.model, Stats()
         self.embeddings, self.prefixes = EmbeddingStore(config.embedding_bytes), PrefixStore(config.prefix_bytes)
-        self.context: int = getattr(self.model.llm.config, "max_position_embeddings", None) or 1 << 20
+        self.intake = Intake(assistant, config, self.embeddings, self.stats, decode_media)
         self._allocate()
         self.stops = set(assistant.eos)  # ids that end an answer
         self._active = list[Job]()  # rows of _lanes belong to them, in order
@@ -96,7 +59,6 @@ class Engine:
         self._filling: Job | None = None
         self._open = 0  # answers that are not finished, those whose media are still being decoded included
         self._wake = threading.Condition()
-        self._tokenizer = threading.Lock()  # it switches between scaffold and content: two threads would mix them up
         self._closed, self._beat = False, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="x2l-engine", daemon=True)
         self._thread.start()
@@ -153,7 +115,7 @@ class Engine:
                 raise Busy(f"{self._open} requests are in work or waiting, the limit is {self.capacity}")
             self._open += 1
         try:
-            job = self._prepare(messages, decode, owner, upto)
+            job = self.intake.job(messages, decode, owner, upto)
         except BaseException:
             with self._wake:
                 self._open -= 1
@@ -173,64 +135,6 @@ class Engine:
         with self._wake:
             self._wake.notify()
         self._thread.join(timeout=30)
-
-    # --- in the caller's thread -------------------------------------------------------------------------------------
-
-    def _prepare(self, messages: Sequence[Message], decode: Decode, owner: str, upto: Part | None) -> Job:
-        parts = [part for message in messages for part in message.content]
-        chars = sum(len(part.text or "") for part in parts)
-        if chars > self.config.max_text_chars:
-            raise RequestError(f"the conversation has {chars} characters, the limit is {self.config.max_text_chars}")
-        for part in parts:
-            if part.type != "text" and part.type not in self.reads:
-                raise RequestError(
-                    f"this model reads text{''.join(f', {name}' for name in self.reads)}; it cannot read {part.type}"
-                )
-        try:
-            with self._tokenizer:
-                row = self.assistant.renderer.prompt(messages)
-            row = row if upto is None else row.upto(upto)
-        except (ValueError, TemplateError) as error:
-            raise RequestError(f"the model's chat template refuses this conversation: {error}") from error
-        limit = min(decode.max_new_tokens or self.config.max_new_tokens, self.config.max_new_tokens)
-        self._check_context(row.text_length, decode)
-        items = [self._item(part.type, raw(part)) for part in row.media]
-        generator = torch.Generator(device=self.model.device)
-        if decode.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(decode.seed)
-        deadline = time.monotonic() + self.config.request_seconds
-        return Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self._text, decode.stop), deadline)
-
-    def _check_context(self, length: int, decode: Decode) -> None:
-        new = decode.max_new_tokens or 1
-        if length + new > self.context:
-            raise RequestError(
-                f"{length} tokens of prompt and media + {new} of answer exceed the context of {self.context}; shorten the "
-                "conversation, use fewer media or a smaller max_tokens"
-            )
-
-    def _text(self, ids: Sequence[int]) -> str:
-        with self._tokenizer:
-            return self.assistant.decode(ids)
-
-    def _item(self, modality: str, blob: bytes) -> Item:
-        key = content_key(modality, blob)
-        if (known := self.embeddings.get(key)) is not None:
-            self.stats.embedding_hits += 1
-            return Item(modality, key, embeds=known)
-        self.stats.embedding_misses += 1
-        collator = self.assistant.collator
-        if self._decode_media is None:
-            decoded = collator.decode(modality, blob)
-        else:
-            decoded = self._decode_media(collator.decoders[modality], blob, collator.options.get(modality, {}))
-        try:
-            return Item(modality, key, collator.processors[modality]([decoded]))
-        except ValueError as error:
-            log.warning("a processor refused a %s: %s", modality, error)
-            raise RequestError(f"this {modality} is of a kind or length that the model cannot read") from error
 
     # --- in the engine's thread -------------------------------------------------------------------------------------
 
@@ -357,11 +261,11 @@ class Engine:
                 item.embeds = read.x[0, : int(read.lengths[0])].clone()
                 self.embeddings.put(item.key, item.embeds)
         job.lay_out(self.model)
-        self._check_context(job.prompt_length, job.decode)
+        self.intake.check_context(job.prompt_length, job.decode)
 
     def _fits(self, job: Job) -> bool:
         """Whether the states of one more row, padded as rows are, stay in bounds; a row alone always fits."""
-        room = min(job.limit, self.context - job.prompt_length)
+        room = min(job.limit, self.intake.context - job.prompt_length)
         longest = max([job.prompt_length + room, *(other.prompt_length + other.limit for other in self._active)])
         return not self._active or (len(self._active) + 1) * longest * self._caches.bytes_per_position <= self.config.kv_bytes
 
@@ -397,7 +301,7 @@ class Engine:
             job.answer.usage.completion += 1
             if piece := job.text.push(token):
                 job.answer.put(piece)
-            full = len(job.ids) >= job.limit or job.prompt_length + len(job.ids) >= self.context
+            full = len(job.ids) >= job.limit or job.prompt_length + len(job.ids) >= self.intake.context
             reason = "stop" if job.text.stopped else "length" if full else ""
         if not reason:
             return False

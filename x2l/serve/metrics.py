@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from x2l.serve.decoders import DecoderPool
-from x2l.serve.engine import Engine, Stats
+from x2l.serve.engine import Engine
+from x2l.serve.intake import Stats
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 

@@ -20,8 +20,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from x2l.assistant import Assistant
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.decoders import DecoderPool
-from x2l.serve.engine import Engine, EngineConfig
+from x2l.serve.engine import Engine
 from x2l.serve.errors import error_body
+from x2l.serve.intake import EngineConfig
 from x2l.serve.limits import HOST_NAME, Gate, Limits
 from x2l.serve.voice_routes import MAX_FRAME_BYTES
 

@@ -26,7 +26,8 @@ from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import load_model_config
 from x2l.serve.answer import Busy, EngineError
-from x2l.serve.engine import DecodeMedia, Engine, EngineConfig
+from x2l.serve.engine import Engine
+from x2l.serve.intake import DecodeMedia, EngineConfig
 from x2l.serve.job import Job
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class VllmEngine(Engine):
             self._close_network()
             raise
         super().__init__(assistant, config, decode_media)
-        self.context = min(self.context, self.upstream.context)
+        self.intake.context = min(self.intake.context, self.upstream.context)
 
     @property
     def status(self) -> str:
@@ -202,7 +203,7 @@ class VllmEngine(Engine):
             "stream": True,
             "return_token_ids": True,
             "prompt_embeds": encoded(job.embeds[0]),
-            "max_tokens": min(job.limit, self.context - job.prompt_length),
+            "max_tokens": min(job.limit, self.intake.context - job.prompt_length),
             "stop_token_ids": sorted(self.stops),
             "ignore_eos": True,  # the stops above alone end an answer
             "temperature": decode.temperature,

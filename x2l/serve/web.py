@@ -65,7 +65,7 @@ def describe(engines: Mapping[str, Engine], config: ServerConfig) -> dict[str, A
         "max_file_bytes": limits.max_file_bytes,
         "max_body_bytes": limits.max_body_bytes,
         "max_seconds": limits.max_seconds,
-        "max_new_tokens": min(min(engine.config.max_new_tokens, engine.context // 2) for engine in engines.values()),
+        "max_new_tokens": min(min(engine.config.max_new_tokens, engine.intake.context // 2) for engine in engines.values()),
     }
 
 
