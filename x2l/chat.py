@@ -82,6 +82,8 @@ class Chat:
         elif command == "/clear":
             self.messages, self.waiting = [], []
         elif command.removeprefix("/") in self.model.reads and command.startswith("/"):
+            if not argument.strip():
+                raise ValueError(f"{command} needs the path of a file")
             self.attach(command[1:], Path(argument.strip()).expanduser())
             empty = ", or press Enter to have it answered" if command == "/speech" else ""
             self.console.print(f"attached {argument.strip()}; ask about it{empty}", style="dim", highlight=False)

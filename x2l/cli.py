@@ -83,24 +83,33 @@ def chat(
 
         x2l chat --video clip.mp4 "What is happening here?"
 
-        x2l chat --speech question.wav
+        x2l chat --audio sound.wav "What do you hear?"
+
+        x2l chat --speech question.wav --model MODEL      (one that reads speech)
 
         x2l chat            (then: /image photo.jpg, and a question)
     """
     from x2l.assistant import Assistant
     from x2l.chat import Chat
+    from x2l.data.collate import raw
+    from x2l.types import Part
 
+    media = {"image": image, "video": video, "audio": audio, "speech": speech}
+    attached = [Part(modality, path=str(path)) for modality, paths in media.items() for path in paths or []]
+    for part in attached:
+        raw(part)  # a missing file is told before the model is loaded
     session = Chat(
         Assistant.load(model),
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p},
         console,
     )
-    for modality, paths in {"image": image, "video": video, "audio": audio, "speech": speech}.items():
-        for path in paths or []:
-            session.attach(modality, path)
+    for part in attached:
+        session.attach(part.type, Path(part.path or ""))
     if question is not None or speech:
         session.ask(question or "")
     else:
+        if attached:
+            console.print(f"attached {', '.join(str(part.path) for part in attached)}; ask about it", style="dim", highlight=False)
         session.loop()
 
 
@@ -127,7 +136,12 @@ def train(recipe: Annotated[str, typer.Argument(help="a shipped name, or a path"
     from x2l.chain import train_recipe
 
     logging.getLogger("x2l").setLevel(logging.INFO)
-    console.print(f"exported to [bold]{train_recipe(recipe, overrides or [])}[/]")
+    result = train_recipe(recipe, overrides or [])
+    console.print(f"exported to [bold]{result}[/]")
+    if result.is_dir():
+        console.print(
+            "to use it, name its files in a model recipe: modalities.NAME.weights (docs/train.md)", style="dim", highlight=False
+        )
 
 
 @app.command()

