@@ -257,6 +257,8 @@ def solved_blind(plain: Row, control: Row) -> list[str]:
 
 def no_skill(plain: Row) -> str:
     """Why the run's first score shows nothing that was solved, blind or seeing, where that is known; else empty."""
+    if not plain["scores"]:  # of answers that are kept to be read, not scored
+        return ""
     first = first_score(plain["task"], plain["scores"])
     value = plain["scores"][first]
     if first in LOWER_IS_BETTER and value["high"] >= 100:
