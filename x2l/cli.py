@@ -139,9 +139,7 @@ def train(recipe: Annotated[str, typer.Argument(help="a shipped name, or a path"
     result = train_recipe(recipe, overrides or [])
     console.print(f"exported to [bold]{result}[/]")
     if result.is_dir():
-        console.print(
-            "to use it, name its files in a model recipe: modalities.NAME.weights (docs/train.md)", style="dim", highlight=False
-        )
+        console.print("to use it, name its files in a model recipe, as weights: (docs/train.md)", style="dim", highlight=False)
 
 
 @app.command()

@@ -101,7 +101,7 @@ def asr_stage(cfg: TrainConfig) -> Stage:
 def asr_model(cfg: TrainConfig) -> tuple[CIFASR, Vocabulary, Built]:
     """The untrained model of stage 1, its vocabulary, and what it was built with."""
     args = {name: value for name, value in cfg.stage_args.items() if name not in ("vocabulary", "decoder", "moonshine")}
-    built = build(cfg.model, ["speech"])
+    built = build(cfg.model, ["speech"], table_only=True)
     vocabulary = Vocabulary.of(built.renderer.tokenizer, cfg.stage_args["vocabulary"])
     encoder: Any = built.model.modalities["speech"].get_submodule("encoder")
     listener = Listener(encoder.width, **cfg.model.modalities["speech"].interface["listener"])
@@ -112,7 +112,7 @@ def asr_model(cfg: TrainConfig) -> tuple[CIFASR, Vocabulary, Built]:
 
 def match_stage(cfg: TrainConfig) -> Stage:
     """The first half of stage 2 of speech; ``stage_args``: ``vocabulary`` as in stage 1."""
-    built = build(cfg.model, cfg.fresh)
+    built = build(cfg.model, cfg.fresh, table_only=True)
     vocabulary = Vocabulary.of(built.renderer.tokenizer, cfg.stage_args["vocabulary"])
     table = built.model.llm.get_input_embeddings().weight[vocabulary.token_ids]
     modality = built.model.modalities["speech"]
@@ -160,7 +160,7 @@ def spoken_batches(
 
 def words_stage(cfg: TrainConfig) -> Stage:
     """Stage 1 of a small image interface, in the LLM's embedding space but without the LLM (words.py)."""
-    built = build(cfg.model, cfg.fresh)
+    built = build(cfg.model, cfg.fresh, table_only=True)
     (name,) = cfg.model.modalities
     modality, tokenizer = built.model.modalities[name], built.renderer.tokenizer
     table = built.model.llm.get_input_embeddings().weight
@@ -181,7 +181,7 @@ def words_stage(cfg: TrainConfig) -> Stage:
 
 def blip2_stage(cfg: TrainConfig) -> Stage:
     """BLIP-2's stage 1 for an image interface (blip2.py); ``stage_args``: arguments of `Blip2`."""
-    built = build(cfg.model, cfg.fresh)
+    built = build(cfg.model, cfg.fresh, table_only=True)
     ((name, settings),) = cfg.model.modalities.items()
     modality: Any = built.model.modalities[name]
     feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
