@@ -109,3 +109,17 @@ def test_a_cformer_starts_from_bert(tmp_path: Path) -> None:
     initialise(cformer, f"bert:{tmp_path / 'bert.safetensors'}")
     theirs = bert.encoder.layer[0].output.dense.weight
     assert any(p.shape == theirs.shape and torch.equal(p, theirs) for p in cformer.parameters())
+
+
+@pytest.mark.parametrize(("has_it", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_bf16_is_used_where_the_processor_has_it(has_it: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from x2l.stages import compute_dtype
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    cfg = load_train_config("tiny/stage2_image")
+    assert str(compute_dtype(cfg)) == f"torch.{expected}"
+    assert compute_dtype(cfg.model_copy(update={"precision": "fp32"})) == torch.float32

@@ -209,8 +209,8 @@ STAGES: dict[str, Callable[[TrainConfig], Stage]] = {
 
 def compute_dtype(cfg: TrainConfig) -> torch.dtype:
     """bfloat16 where the recipe asks for it and the device has it; a CPU that emulates it is 10 times slower than in float32."""
-    wanted = cfg.precision == "bf16" and (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if wanted else torch.float32
+    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if cfg.precision == "bf16" and (torch.cuda.is_available() or mkldnn) else torch.float32
 
 
 def is_trained(module: nn.Module) -> bool:
