@@ -27,6 +27,16 @@ from x2l.serve.engine import Engine
 from x2l.serve.intake import EngineConfig
 from x2l.serve.server import Server
 
+SPEECH = {
+    "encoder": {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
+                "num_blocks": 1, "pool_after": []},
+    "interface": {"listener": {"width": 16, "num_heads": 2, "kernel": 3}, "width": 16, "depth": 1, "heads": 2},
+}  # fmt: skip
+IMAGE = {
+    "encoder": {"name": "conftest:patches"},
+    "interface": {"width": 16, "depth": 2, "heads": 2, "num_queries": 4, "cross_every": 1},
+}
+
 ROOT = str(Path(__file__).parents[1])
 KEY = "a-key-for-the-tests"
 BOUNDS = {"image": {"max_pixels": 25_000_000}, "audio": {"max_seconds": 600.0}}

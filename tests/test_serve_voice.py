@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture, tiny_model
-from serving import KEY, Running, check_error, image_part, is_idle, running
+from serving import IMAGE, KEY, SPEECH, Running, check_error, image_part, is_idle, running
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -33,15 +33,6 @@ from x2l.serve.pauses import RATE, TAIL, Pauses
 from x2l.serve.voice import VoiceTurn, wav
 from x2l.types import Message, Part, assistant, user
 
-SPEECH = {
-    "encoder": {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
-                "num_blocks": 1, "pool_after": []},
-    "interface": {"listener": {"width": 16, "num_heads": 2, "kernel": 3}, "width": 16, "depth": 1, "heads": 2},
-}  # fmt: skip
-IMAGE = {
-    "encoder": {"name": "conftest:patches"},
-    "interface": {"width": 16, "depth": 2, "heads": 2, "num_queries": 4, "cross_every": 1},
-}
 LIMITS = Limits(max_voices=3, voice_seconds=8.0, voice_idle_seconds=3.0)
 VOICE = {"type": "voice"}
 

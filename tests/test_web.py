@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from serving import KEY, Running, check_error, running
+from serving import IMAGE, KEY, SPEECH, Running, check_error, running
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -37,15 +37,6 @@ from x2l.types import Part, assistant, user
 
 PAGE = Path(__file__).parents[1] / "x2l" / "serve" / "page"
 SHOTS = Path(__file__).parents[1] / "artefacts" / "web"
-SPEECH = {
-    "encoder": {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
-                "num_blocks": 1, "pool_after": []},
-    "interface": {"listener": {"width": 16, "num_heads": 2, "kernel": 3}, "width": 16, "depth": 1, "heads": 2},
-}  # fmt: skip
-IMAGE = {
-    "encoder": {"name": "conftest:patches"},
-    "interface": {"width": 16, "depth": 2, "heads": 2, "num_queries": 4, "cross_every": 1},
-}
 PATIENCE = 120_000  # ms; a busy machine is slow, not wrong
 
 
