@@ -29,6 +29,7 @@ data/.linked: $(BIN)/x2l
 	@touch $@
 
 data/spoken_questions/held_out-0000.tar: data/.linked
+	$(BIN)/pip install -q -e '.[data]'
 	$(BIN)/x2l data questions data/spoken_questions
 
 data/vsdial-mini/README.md: data/.linked

@@ -72,7 +72,7 @@ def test_guidance_is_zero_where_each_tokens_frames_weigh_one() -> None:
 def test_guidance_moves_the_fires_to_the_ends() -> None:
     model, features = asr(), Features(torch.randn(1, 24, 8), torch.tensor([24]))
     ends = torch.tensor([[4.0, 20.0, 24.0]])
-    batch = Spoken(Media(features=features), torch.tensor([[1, 2, 3]]), torch.tensor([3]), ends)
+    batch = Spoken(Media(features=features), torch.tensor([[1, 2, 3]]), torch.tensor([3]), ends / 24)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(150):
         optimizer.zero_grad()

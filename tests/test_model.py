@@ -63,6 +63,16 @@ def test_shared_packed_and_batched_losses_equal_the_single_ones(model: XLLM, col
         torch.testing.assert_close(together.loss_sum, sum(o.loss_sum for o in single), rtol=1e-5, atol=1e-4)
 
 
+def test_media_after_the_place_where_rows_part_come_once_a_branch(model: XLLM, collator: Collator) -> None:
+    asked = [("Say ", A, " then ", B), ("Say ", A, " then ", B, "!"), ("Write ", A, " and ", B)]
+    rows = [collator.renderer.train(Sample(str(i), (user(*q), assistant("Well.")))) for i, q in enumerate(asked)]
+    tree = share_prefixes(rows)
+    assert tree.media == [A, B, A, B]
+    single = [model(collator.pad([plain(row)], {})) for row in rows]
+    together = model(collator.pad([tree], {}))
+    torch.testing.assert_close(together.loss_sum, sum(o.loss_sum for o in single), rtol=1e-5, atol=1e-4)
+
+
 def test_the_loss_is_hugging_face_s_own(model: XLLM, collator: Collator) -> None:
     row = collator.renderer.train(SAMPLES[3])
     ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])

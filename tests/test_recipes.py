@@ -12,9 +12,10 @@ from conftest import tiny_model
 from torch import nn
 
 from x2l import train, words
-from x2l.build import build, load_strict, shipped_file
+from x2l.build import build, load_strict
 from x2l.config import RECIPES, ModelConfig, load_model_config, load_train_config, shipped
 from x2l.modalities import MODALITIES
+from x2l.weights import resolve
 
 STAGES = [name for name in shipped() if not name.startswith("models/")]
 ELSEWHERE = ("speech", "asr", "match", "video", "audio", "stage3", "all")  # test_{speech_stages,video,audio_events,stage3,...}.py
@@ -61,9 +62,9 @@ def test_shipped_weights_fit_the_default_model_strictly() -> None:
     for name, part in parts.items():
         assert part.weights is not None
         layers = nn.Sequential(*MODALITIES[name].interface(1280, 576, 0.1, **part.interface))
-        load_strict(layers, shipped_file(part.weights))
+        load_strict(layers, resolve(part.weights))
     assert parts["video"].weights == parts["image"].weights  # and each frame is read as a picture (test_video.py)
-    assert sum(shipped_file(weights).stat().st_size for weights in {str(part.weights) for part in parts.values()}) < 100e6
+    assert sum(resolve(weights).stat().st_size for weights in {str(part.weights) for part in parts.values()}) < 100e6
 
 
 def test_a_checkpoint_with_missing_or_extra_keys_is_refused(llm_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,3 +206,53 @@ def test_moonshine_is_opened_when_it_first_hears_something() -> None:
     with pytest.raises(ValueError, match="cannot be had"):
         encoder(torch.zeros(1, 400), torch.tensor([400]))
     assert asked == [1]
+
+
+def torch_moonshine() -> Any:
+    from transformers import MoonshineConfig
+    from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder as Network
+
+    from x2l.encoders.moonshine_torch import TorchMoonshine
+
+    torch.manual_seed(0)
+    return TorchMoonshine(Network(MoonshineConfig()).state_dict(), max_seconds=2.0).eval()
+
+
+@torch.no_grad()
+def test_moonshine_in_torch_is_transformers_own_and_does_not_depend_on_the_batch() -> None:
+    encoder = torch_moonshine()
+    rng = np.random.default_rng(0)
+    waves = [0.1 * rng.standard_normal(n).astype(np.float32) for n in (RATE, RATE // 20, 5 * RATE + 7, 0)]
+    together = encoder(**MoonshineProcessor()(waves))
+    assert together.lengths.tolist() == [max(1, -(-len(wave) // HOP)) for wave in waves]
+    theirs = encoder.network(torch.from_numpy(pad(waves[0]))[None]).last_hidden_state[0]
+    torch.testing.assert_close(together.x[0, : len(theirs)], theirs, atol=2e-5, rtol=1e-4)
+    for i, wave in enumerate(waves):
+        alone = torch.from_numpy(encoder.encode(wave))
+        torch.testing.assert_close(together.x[i, : together.lengths[i]], alone, atol=2e-5, rtol=1e-4)
+
+
+def test_moonshine_in_torch_learns_and_comes_back_from_its_file(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from x2l.encoders import moonshine
+
+    encoder = torch_moonshine()
+    encoder(**MoonshineProcessor()([np.ones(RATE, np.float32)])).x.sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.network.layers.parameters())
+    save_file({name: tensor.half() for name, tensor in encoder.state_dict().items()}, tmp_path / "encoder.safetensors")
+    again, _ = moonshine.build(str(tmp_path / "encoder.safetensors"), max_seconds=2.0)
+    wave = np.sin(np.arange(3 * RATE) / 20).astype(np.float32)
+    np.testing.assert_allclose(again.encode(wave), encoder.encode(wave), atol=0.02)
+
+
+@pytest.mark.network
+def test_moonshine_in_torch_hears_what_the_int8_network_hears() -> None:
+    import soundfile
+
+    from x2l.encoders import moonshine
+    from x2l.weights import resolve
+
+    wave, _ = soundfile.read(resolve(f"{moonshine.ASSETS.removesuffix('/tiny-en')}/beckett.wav"), dtype="float32")
+    ours, theirs = (moonshine.build(trainable=trainable, threads=1)[0].encode(wave[: 4 * RATE]) for trainable in (True, False))
+    assert float((ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)) > 0.99

@@ -106,6 +106,7 @@ def shrunk(name: str, llm: Path, root: Path, folder: Path, **changes: Any) -> Pa
     if "decoder" in raw.get("stage_args", {}):
         raw["stage_args"] |= {"moonshine": False}
         raw["stage_args"]["decoder"] |= {"ffn_width": 16, "num_heads": 2, "num_blocks": 2}
+    raw["trainable"] = {glob: rate for glob, rate in raw["trainable"].items() if not glob.startswith("encoder.")}
     for source in [*raw["data"], *raw.get("val", [])]:
         source["holdout"] = None
     raw |= {"data_root": str(root), "run": str(folder / name.split("/")[1]), "steps": 2, "epochs": None, "fresh": []}

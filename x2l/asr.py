@@ -30,7 +30,7 @@ class Spoken(NamedTuple):
     media: Media  # the encoder's inputs, or its features (N, F, E)
     tokens: Tensor  # (N, U) right-padded transcripts, indices of the decoder's vocabulary
     token_lengths: Tensor  # (N,), each at least 1
-    ends: Tensor | None = None  # (N, U) when each token was complete, in encoder frames, right-padded
+    ends: Tensor | None = None  # (N, U) when each token was complete, as a share of the utterance, right-padded
     vision: Features | None = None  # (N, C, vision_width), a context of the multimodal decoder
     text: Features | None = None  # (N, C, text_width), the other one
 
@@ -137,7 +137,7 @@ class CIFASR(nn.Module):
         decoder: CIF embeddings to tokens.
         spelling: (V, K) letters of each token, 1-based, right-padded with 0: the CTC targets (0 is CTC's blank).
         ctc_weight, quantity_weight, guidance_weight, label_smoothing: of the loss.
-        masks: stretches of cached features that training hides, as in SpecAugment, each at most ``mask_frames`` long.
+        masks: stretches of the encoder's frames that training hides, as in SpecAugment, each at most ``mask_frames`` long.
         history_noise: share of the tokens that training replaces at random where the decoder reads them, so that it
             learns to go on after an error.
     """
@@ -169,18 +169,15 @@ class CIFASR(nn.Module):
     def forward(self, batch: Spoken) -> Output:
         """The stage's loss, summed over the tokens of the batch."""
         media, tokens, token_lengths, ends, vision, text = batch
-        if media.features is None:
-            features = self.encoder(**(media.inputs or {}))
-        else:
-            x, frame_lengths = media.features
-            features = Features(self.augment(x, frame_lengths), frame_lengths)
+        x, frame_lengths = media.features or self.encoder(**(media.inputs or {}))
+        features = Features(self.augment(x, frame_lengths), frame_lengths)
         fired, hidden, lengths = self.listener.listen(features, token_lengths)
         valid = valid_frames(token_lengths, tokens.shape[1])
         logits = self.decoder(self._misread(tokens[:, :-1]), Features(fired.x, fired.lengths), vision, text)[valid]
         ce = F.cross_entropy(logits.float(), tokens[valid], label_smoothing=self.label_smoothing, reduction="sum")
         quantity = (fired.quantity - token_lengths).abs().sum()
         ctc = self._ctc(hidden, lengths, tokens, token_lengths)
-        guidance = ce.new_zeros(()) if ends is None else self._guidance(fired, ends, valid)
+        guidance = ce.new_zeros(()) if ends is None else self._guidance(fired, ends * features.lengths[:, None], valid)
         loss = ce + self.ctc_weight * ctc + self.quantity_weight * quantity + self.guidance_weight * guidance
         num_tokens = int(token_lengths.sum())
         right = (logits.argmax(-1) == tokens[valid]).sum()

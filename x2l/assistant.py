@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from x2l.build import Built, build, shipped_file
+from x2l.build import Built, build
 from x2l.checkpoint import sha256
 from x2l.config import digest, load_model_config
 from x2l.data.collate import Collator
 from x2l.types import Message, Sample
+from x2l.weights import resolve
 
 
 class Assistant:
@@ -75,7 +76,7 @@ class Assistant:
         parts = {name: part for name, part in self.config.modalities.items() if reads is None or name in reads}
         return {
             "checkpoint": digest(self.config.model_copy(update={"modalities": parts})),
-            "interfaces": {name: sha256(shipped_file(part.weights)) for name, part in parts.items() if part.weights},
+            "interfaces": {name: sha256(resolve(part.weights)) for name, part in parts.items() if part.weights},
             "device": str(self.model.device),
             "dtype": str(self.model.llm.dtype),
         }

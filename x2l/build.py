@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def build(
     model, processors = assemble(config, llm, std, _encoder)
     for name, part in config.modalities.items():
         if part.weights and name not in fresh:
-            load_strict(model.modalities[name].get_submodule("interface"), shipped_file(part.weights))
+            load_strict(model.modalities[name].get_submodule("interface"), resolve(part.weights))
     model = model.to(default_device()).eval()
     decoders = {name: _decoder(name, part) for name, part in config.modalities.items()}
     decode = {name: part.decode for name, part in config.modalities.items()}
@@ -140,16 +139,6 @@ def _sketch_encoder(component: Component) -> tuple[Any, Any]:
         return _encoder(component)
 
 
-def shipped_file(spec: str) -> Path:
-    """``x2l:file`` is a file that ships with the package; anything else is a weights spec."""
-    if not spec.startswith("x2l:"):
-        return resolve(spec)
-    path = Path(str(resources.files("x2l") / "shipped" / spec.removeprefix("x2l:")))
-    if not path.is_file():
-        raise ValueError(f"{spec} does not ship with this version of x2l")
-    return path
-
-
 def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, Any]:
     """Load a safetensors file into ``module``, every key of it and no other.
 
@@ -191,9 +180,9 @@ def initialise(module: nn.Module, source: str) -> None:
     """
     importer, _, spec = source.partition(":")
     if importer not in IMPORTERS:
-        load_strict(module, shipped_file(source))
+        load_strict(module, resolve(source))
         return
-    path = shipped_file(spec)
+    path = resolve(spec)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     unused = IMPORTERS[importer](state, module)

@@ -69,6 +69,10 @@ def train_chain(stages: Sequence[TrainConfig], run: Path) -> Path:
             exported = Path(cfg.run, "final", f"{name}.safetensors").resolve()
             if exported.is_file():
                 recipe["modalities"][name]["weights"] = str(exported)
+    for part in recipe["modalities"].values():
+        trained = Path(str(part["encoder"].get("weights", "")))
+        if trained.is_file():
+            part["encoder"]["weights"] = str(trained.resolve())
     path = run / "model.yaml"
     path.write_text(f"# x2l chat --model {run}\n{yaml.safe_dump(recipe, sort_keys=False)}", encoding="utf-8")
     return path
@@ -101,7 +105,8 @@ def patterns(cfg: TrainConfig) -> Iterator[str]:
 def origins(cfg: TrainConfig) -> dict[str, str]:
     """The local files that a stage starts from, with their sha256."""
     found = {}
-    for source in cfg.init.values():
+    encoders = [str(part.encoder.args["weights"]) for part in cfg.model.modalities.values() if "weights" in part.encoder.args]
+    for source in [*cfg.init.values(), *encoders]:
         importer, _, spec = source.partition(":")
         path = Path(spec if importer in IMPORTERS else source)
         if path.is_file():

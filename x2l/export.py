@@ -9,10 +9,9 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save
 
-from x2l.build import shipped_file
 from x2l.config import load_model_config
 from x2l.llm import llm_folder, read_table
-from x2l.weights import HUB_FILES
+from x2l.weights import HUB_FILES, resolve
 
 README = """\
 # {name} behind vLLM
@@ -61,7 +60,7 @@ def export_vllm(model: str, overrides: Sequence[str], out: Path) -> str:
     modalities = {}
     for name, part in config.modalities.items():
         if part.weights:
-            shutil.copyfile(shipped_file(part.weights), out / "interfaces" / f"{name}.safetensors")
+            shutil.copyfile(resolve(part.weights), out / "interfaces" / f"{name}.safetensors")
             part = part.model_copy(update={"weights": f"interfaces/{name}.safetensors"})
         modalities[name] = part
     llm = config.llm.model_copy(update={"spec": "table", "sha256": None})

@@ -132,34 +132,36 @@ def spoken_batches(
     """Samples of the task ``asr`` to speech with its tokens, and with their times where there is an aligner."""
     collator = Collator(built.renderer, built.processors, built.decoders, built.decode)
     cache = feature_cache(cfg, "speech", built.model.modalities["speech"], collator)
+    encoder, processor = moonshine.build(threads=1)  # the aligner's own, which stage 1 does not change
     times: dict[str, Tensor] = {}  # id and text of a sample -> ends of its tokens as shares of its length, at any speed
 
-    def ends(sample: Sample, item: bytes, ids: Tensor, num_frames: int) -> Tensor:
+    def ends(sample: Sample, item: bytes, ids: Tensor) -> Tensor:
         assert aligner is not None
         key = f"{sample.id} {sample.messages[-1].text}"
         if key not in times:
-            (frames,) = cache([item], [0])
+            (frames,) = encoder(**processor([collator.decode("speech", item)])).x
             times[key] = aligner.ends(frames, ids.tolist()) / len(frames)
-        return times[key] * num_frames
+        return times[key]
 
     def collate(families: Families, step: int | None) -> Spoken:
         samples = [sample for family in families for sample in family]
         items = [raw(sample.media[0]) for sample in samples]
         ids = [torch.tensor(vocabulary.encode(built.renderer.tokenizer, sample.messages[-1].text)) for sample in samples]
         tokens, token_lengths = nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
-        if not cached:
-            return Spoken(Media(inputs=collator.process("speech", items)), tokens, token_lengths)
-        features = stack(viewed(cache, cfg, step)(items))
-        if aligner is None:
-            return Spoken(Media(features=features), tokens, token_lengths)
-        said = [ends(*each) for each in zip(samples, items, ids, features.lengths.tolist(), strict=True)]
-        return Spoken(Media(features=features), tokens, token_lengths, nn.utils.rnn.pad_sequence(said, batch_first=True))
+        views = drawn_views(cfg, step, len(items))
+        if cached:
+            media = Media(features=stack(cache(items, views)))
+        else:
+            decoded = [collator.decode("speech", item, view) for item, view in zip(items, views, strict=True)]
+            media = Media(inputs=built.processors["speech"](decoded))
+        said = [ends(*each) for each in zip(samples, items, ids, strict=True)] if aligner else None
+        return Spoken(media, tokens, token_lengths, nn.utils.rnn.pad_sequence(said, batch_first=True) if said else None)
 
     return collate
 
 
 def words_stage(cfg: TrainConfig) -> Stage:
-    """Stage 1 of a small image interface, in the LLM's embedding space but without the LLM (words.py)."""
+    """Stage 1 of a small image interface, in the LLM's embedding space but without the LLM (words.py); ``stage_args``: ``drop``."""
     built = build(cfg.model, cfg.fresh, table_only=True)
     (name,) = cfg.model.modalities
     modality, tokenizer = built.model.modalities[name], built.renderer.tokenizer
@@ -168,7 +170,7 @@ def words_stage(cfg: TrainConfig) -> Stage:
     vocabulary, frequency = words.vocabulary(f for step in range(len(feed)) for f in feed.batch(step))
     spelled = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in vocabulary]
     embeds = torch.stack([table[ids].mean(0) for ids in spelled])
-    reader = words.WordReader(modality.get_submodule("interface"), embeds, frequency, float(table.std()))
+    reader = words.WordReader(modality.get_submodule("interface"), embeds, frequency, float(table.std()), **cfg.stage_args)
     cache = feature_cache(cfg, name, modality, Collator(built.renderer, built.processors, built.decoders, built.decode))
     index = {word: i for i, word in enumerate(vocabulary)}
 
@@ -231,9 +233,14 @@ def frozen_layers(prefix: str, interface: nn.Module, trainable: Iterable[str]) -
 
 
 def viewed(cache: FeatureCache, cfg: TrainConfig, step: int | None) -> Callable[[list[bytes]], list[Tensor]]:
-    """A source of cached features that draws each item's view by seed and step; without a step, the item as it is."""
+    """A source of cached features that draws each item's view by seed and step."""
+    return lambda items: cache(items, drawn_views(cfg, step, len(items)))
+
+
+def drawn_views(cfg: TrainConfig, step: int | None, num_items: int) -> list[int]:
+    """A view for each item, drawn by seed and step; without a step, the items as they are."""
     rng = random.Random(f"{cfg.seed}/{step}")
-    return lambda items: cache(items, [0 if step is None else rng.randrange(cfg.views) for _ in items])
+    return [0 if step is None else rng.randrange(cfg.views) for _ in range(num_items)]
 
 
 def feature_cache(cfg: TrainConfig, name: str, modality: Any, collator: Collator) -> FeatureCache:

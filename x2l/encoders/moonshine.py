@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -203,17 +204,23 @@ def build(
     sha256: str | None = SHA256["encoder_model.ort"],
     max_seconds: float = 20.0,
     threads: int = 0,
+    trainable: bool = False,
 ) -> tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]:
     """Moonshine tiny's encoder and its processor.
 
     Args:
-        weights: spec of an ``encoder_model.ort``.
+        weights: spec of an ``encoder_model.ort``, or of what stage 1 made of it (``encoder.safetensors``), which runs in torch.
         sha256: of that file; give ``None`` with a spec of your own.
         max_seconds, threads: as in `MoonshineEncoder`.
+        trainable: run an ``encoder_model.ort`` in torch, so that stage 1 can train it.
 
     Raises:
         ValueError: the weights cannot be had.
     """
+    if trainable or weights.endswith(".safetensors"):
+        from x2l.encoders.moonshine_torch import TorchMoonshine, read_state  # imports this module
+
+        return TorchMoonshine(read_state(resolve(weights, sha256 if trainable else None)), max_seconds), MoonshineProcessor()
     return MoonshineEncoder(
         lambda: resolve(weights, sha256), sha256 or sha256_of(resolve(weights)), max_seconds, threads
     ), MoonshineProcessor()
@@ -233,33 +240,36 @@ def decoder_weights() -> tuple[dict[str, Tensor], list[bytes]]:
     """The weights of Moonshine's decoder, dequantised to float32, under the names of transformers, and its tokens.
 
     Raises:
-        ValueError: the weights cannot be had, or the package ``onnx`` is missing.
+        ValueError: the weights cannot be had.
     """
     names = ("decoder_model_merged.ort", "tokenizer.bin")
     path, tokens = (resolve(f"{ASSETS}/{name}", SHA256[name]) for name in names)
-    try:
-        import onnx
-    except ImportError as error:
-        raise ValueError("reading Moonshine's decoder needs the package onnx: pip install onnx") from error
+    graph = load_graph(path)
+    (branches,) = (node for node in graph.node if node.op_type == "If")
+    first = next(a.g for a in branches.attribute if a.name == "else_branch")  # the step without a cache
+    weights = {name.removesuffix("_merged_0"): tensor for name, tensor in dequantised(graph, first).items()}
+    return {name: tensor for name, tensor in weights.items() if name.startswith("model.")}, read_tokens(tokens)
+
+
+def load_graph(path: Path) -> Any:
+    """An ORT file's ONNX graph, as it was quantised."""
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.optimized_model_filepath = f"{folder}/decoder.onnx"
+        options.optimized_model_filepath = f"{folder}/model.onnx"
         options.add_session_config_entry("session.save_model_format", "ONNX")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(f"{folder}/decoder.onnx").graph
-    (branches,) = (node for node in graph.node if node.op_type == "If")
-    first = next(a.g for a in branches.attribute if a.name == "else_branch")  # the step without a cache
-    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in [*graph.initializer, *first.initializer]}
-    weights = {
-        name.removesuffix("_merged_0"): torch.from_numpy(array.copy())
-        for name, array in arrays.items()
-        if name.startswith("model.") and array.dtype == np.float32 and array.ndim == 1
-    }
-    for node in first.node:
+        return onnx.load(f"{folder}/model.onnx").graph
+
+
+def dequantised(graph: Any, branch: Any) -> dict[str, Tensor]:
+    """Weights in float32: those of ``branch`` that are quantised, by the names of their nodes, and all others by their own."""
+    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in [*graph.initializer, *branch.initializer]}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array.dtype == np.float32}
+    for node in branch.node:
         for quantised in (name for name in node.input if name.endswith("_quantized") and name in arrays):
             base = quantised.removesuffix("_quantized")
             array = (arrays[quantised].astype(np.float32) - arrays[f"{base}_zero_point"]) * arrays[f"{base}_scale"]
             name = re.sub(r"/(MatMul_quant|Gather)$", "", node.name).strip("/").replace("/", ".") + ".weight"
             weights[name] = torch.from_numpy(array if node.op_type == "Gather" else array.T.copy())
-    return weights, read_tokens(tokens)
+    return weights

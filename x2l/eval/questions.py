@@ -40,7 +40,7 @@ def asr(records: Iterable[Record], instruction: str | None = None, cluster: str 
         if cluster is not None:
             meta["cluster"] = record.fields[cluster]
         question = instruction or instructions("asr", lang)[0]
-        samples.append(Sample(f"{record.key}/asr", (user(media_part(record, "speech"), question),), meta))
+        samples.append(Sample(f"{record.key}/asr", (user(question, media_part(record, "speech")),), meta))
     return samples
 
 
@@ -85,7 +85,7 @@ def masr(records: Iterable[Record], lang: str = "en", instruction: str | None = 
     return [
         Sample(
             f"{record.key}/masr",
-            (user(media_part(record, "image"), media_part(record, "speech"), text),),
+            (user(media_part(record, "image"), text, media_part(record, "speech")),),
             {"lang": lang, "references": [record.fields["text"]]},
         )
         for record in records

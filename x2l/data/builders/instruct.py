@@ -52,7 +52,7 @@ def image_text(record: Record, part: Part, rng: random.Random) -> Sample:
 
 def speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
     ext, blob = _file(record, "sound")
-    return [{"type": "speech", "key": ext}, _ask("asr", part, rng)], sentence_case(_words(record)), {ext: blob}
+    return [_ask("asr", part, rng), {"type": "speech", "key": ext}], sentence_case(_words(record)), {ext: blob}
 
 
 def video_text(record: Record, part: Part, rng: random.Random) -> Sample:
