@@ -71,9 +71,9 @@ def test_the_loss_falls_and_the_export_says_where_it_comes_from(recipe: Path, tm
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4])
-def test_resumed_equals_uninterrupted_bit_for_bit(recipe: Path, tmp_path: Path, stop_at: int, monkeypatch: Any) -> None:
-    straight = train.train(config(recipe, run=str(tmp_path / "straight")))
+@pytest.mark.parametrize(("stop_at", "ema"), [(1, 0.0), (3, 0.0), (4, 0.0), (3, 0.9)])
+def test_resumed_equals_uninterrupted_bit_for_bit(recipe: Path, tmp_path: Path, stop_at: int, ema: float, monkeypatch: Any) -> None:
+    straight = train.train(config(recipe, run=str(tmp_path / "straight"), ema=ema))
     real, calls = train.forward, []
 
     def crash(*args: Any) -> Any:
@@ -84,14 +84,32 @@ def test_resumed_equals_uninterrupted_bit_for_bit(recipe: Path, tmp_path: Path, 
 
     monkeypatch.setattr(train, "forward", crash)
     with pytest.raises(KeyboardInterrupt):
-        train.train(config(recipe, run=str(tmp_path / "broken"), val_every=100))
+        train.train(config(recipe, run=str(tmp_path / "broken"), ema=ema, val_every=100))
     monkeypatch.setattr(train, "forward", real)
-    resumed = train.train(config(recipe, run=str(tmp_path / "broken")))
+    resumed = train.train(config(recipe, run=str(tmp_path / "broken"), ema=ema))
     a, b = load_file(straight / "image.safetensors"), load_file(resumed / "image.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     drop = ("val_loss",)
     rows = [[{k: v for k, v in r.items() if k not in drop} for r in metrics(tmp_path / n)] for n in ("straight", "broken")]
     assert rows[0] == rows[1]
+
+
+def test_the_average_is_what_is_validated_and_exported() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    average, seen = train.Average(layer, decay=0.5), []
+    with torch.no_grad():
+        layer.weight.zero_()
+        average.weights["weight"].zero_()
+        for step in range(20):
+            layer.weight.fill_(step + 1)
+            average.update(step)
+            seen.append(layer.weight[0, 0].item())
+    slow = 0.0
+    for step, value in enumerate(seen):
+        slow += (1 - min(0.5, (1 + step) / (10 + step))) * (value - slow)
+    with average.applied():
+        assert layer.weight[0].tolist() == pytest.approx([slow, slow])
+    assert layer.weight[0].tolist() == [20, 20]
 
 
 def test_nothing_frozen_changes_and_only_the_globs_train(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

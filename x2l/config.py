@@ -108,6 +108,7 @@ class TrainConfig(Strict):
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    ema: float = 0.0  # decay of a moving average of the trained weights, which is then what is validated and exported
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
     views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored, cropped, faster, in noise, ...

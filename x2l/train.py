@@ -66,7 +66,8 @@ def train(cfg: TrainConfig) -> Path:
         val = open_feed(cfg.val, cfg.data_root, cfg.batch_size, cfg.seed, cfg.bucket) if cfg.val else None
         total = cfg.steps or math.ceil((cfg.epochs or 1) * len(feed) / cfg.accumulate)
         identity = digest(cfg, exclude=NOT_IDENTITY)
-        first = resume(run, model, optimizer, identity)
+        average = Average(model, cfg.ema) if cfg.ema else None
+        first = resume(run, model, optimizer, identity, average)
         fill_cache(stage, [feed, *([val] if val else [])])
         (run / "config.json").write_text(cfg.model_dump_json(indent=1))
         log.info("%d trained parameters, steps %d to %d", sum(p.numel() for p in trained(model).values()), first, total)
@@ -100,6 +101,8 @@ def train(cfg: TrainConfig) -> Path:
             finite = math.isfinite(loss_sum) and math.isfinite(norm)
             if finite:
                 optimizer.step()
+                if average:
+                    average.update(step)
             optimizer.zero_grad(set_to_none=True)
             failures = 0 if finite else failures + 1
             if failures >= MAX_FAILURES:
@@ -109,7 +112,8 @@ def train(cfg: TrainConfig) -> Path:
             row = {"step": done, "loss": loss_sum / num_tokens, "lr": factor, "grad_norm": norm, "tokens": num_tokens,
                    "bad_rows": len(feed.issues)} | logs  # fmt: skip
             if val and (done % cfg.val_every == 0 or done == total):
-                row["val_loss"] = evaluate(cfg, stage, val)
+                with average.applied() if average else contextlib.nullcontext():
+                    row["val_loss"] = evaluate(cfg, stage, val)
             metrics.write(row)
             for name, value in row.items():
                 board.add_scalar(name, value, done)
@@ -117,7 +121,7 @@ def train(cfg: TrainConfig) -> Path:
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.1f} samples/s" + ("" if finite else ", NOT FINITE: skipped"))
             if done % cfg.save_every == 0 or done == total or stop.asked:
                 try:
-                    save(run, done, model, optimizer, identity)
+                    save(run, done, model, optimizer, identity, average)
                     save_failures = 0
                 except checkpoint.CheckpointError as error:
                     save_failures += 1
@@ -131,7 +135,8 @@ def train(cfg: TrainConfig) -> Path:
         board.close()
         if checkpoint.frozen_digest(model) != frozen:
             raise TrainError("a frozen parameter or buffer changed during training; nothing is exported")
-        return export(run, stage, cfg, total, frozen)
+        with average.applied() if average else contextlib.nullcontext():
+            return export(run, stage, cfg, total, frozen)
 
 
 def give_back_memory() -> None:
@@ -177,13 +182,46 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> None:
-    """Write checkpoint ``step``: trained parameters, optimiser, and the identity of the run."""
+class Average:
+    """An exponential moving average of a model's trained weights; over the first steps it reaches less far back.
+
+    Of a high learning rate it keeps what the steps agree on, where decaying the rate would sharpen what was learnt by heart.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.own, self.decay = trained(model), decay
+        self.weights = {name: parameter.detach().clone() for name, parameter in self.own.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step ``step``."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([*self.weights.values()], [*self.own.values()], share)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with the averaged weights, for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.own.items():
+            parameter.data, self.weights[name] = self.weights[name], parameter.data
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str, average: Average | None) -> None:
+    """Write checkpoint ``step``: trained parameters, their average, optimiser, and the identity of the run."""
     tensors: dict[str, Any] = {"model": trained(model), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+    if average:
+        tensors["average"] = average.weights
     checkpoint.save(run / "checkpoints", step, tensors, {"step": step, "identity": identity})
 
 
-def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> int:
+def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str, average: Average | None) -> int:
     """Load the newest complete checkpoint and return its step; 0 without one.
 
     Raises:
@@ -204,6 +242,8 @@ def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identi
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors["model"][name])
+    if average:
+        average.weights = {name: tensors["average"][name].to(parameter.device) for name, parameter in own.items()}
     checkpoint.load_optimizer(optimizer, tensors["optimizer"])
     return int(state["step"])
 

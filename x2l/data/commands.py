@@ -105,7 +105,7 @@ def questions(
     model: Annotated[str, typer.Option("--model", "-m", help="model recipe whose LLM answers")] = "tiny",
     batch_size: int = 30,
 ) -> None:
-    """Make spoken questions with flite: train-*.tar, answered-*.tar and dictated-*.tar, and held_out-*.tar by another voice (data/spoken.py).
+    """Make spoken questions with flite: train-*.tar, answered-*.tar, dictated-*.tar, and held_out-*.tar by another voice.
 
     Example:
 

@@ -79,8 +79,8 @@ def caption_qa(record: Record, rng: random.Random, num_pairs: int = 4) -> list[S
 
 
 def asr(record: Record, rng: random.Random, lang: str | None = None) -> list[Sample]:
-    """An instruction, then the speech, for small LLMs copy what stands last; the answer is ``record.fields["text"]``. Languages are told by the row, or by
-    ``lang``."""
+    """An instruction, then the speech, for small LLMs copy what stands last; the answer is ``record.fields["text"]``.
+    Languages are told by the row, or by ``lang``."""
     text = record.fields.get("text")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{record.key}: no transcript in 'text', got {text!r}")
