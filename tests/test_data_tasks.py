@@ -111,7 +111,7 @@ def test_asr_tells_the_language_and_reads_video() -> None:
     assert sample.messages[-1].text == "Hello I say"
     assert (sample.media[0].type, sample.media[0].bytes, sample.meta["lang"]) == ("speech", b"clip", "en")
     (sample,) = TASKS["asr"](Record("a", {"text": "你好"}, {"opus": b"x"}), random.Random(0))
-    assert sample.messages[0].text in instructions("asr", "zh")
+    assert sample.messages[0].text.strip() in instructions("asr", "zh")
 
 
 def test_messages_resolve_keys_to_the_records_media() -> None:

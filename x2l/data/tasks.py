@@ -78,16 +78,21 @@ def caption_qa(record: Record, rng: random.Random, num_pairs: int = 4) -> list[S
     ]
 
 
+def dictated(speech: Part, instruction: str, *before: Part) -> Message:
+    """The request to write speech down: it stands last, on a line of its own, as small LLMs copy best (dev/LOG.md)."""
+    return user(*before, f"{instruction}\n", speech)
+
+
 def asr(record: Record, rng: random.Random, lang: str | None = None) -> list[Sample]:
-    """An instruction, then the speech, for small LLMs copy what stands last; the answer is ``record.fields["text"]``.
-    Languages are told by the row, or by ``lang``."""
+    """Speech and an instruction to write it down; the answer is ``record.fields["text"]``. Languages are told by the row, or
+    by ``lang``."""
     text = record.fields.get("text")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{record.key}: no transcript in 'text', got {text!r}")
     lang = lang or record.fields.get("lang") or ("zh" if HAN.search(text) else "en")
     speech, question = media_part(record, "speech"), rng.choice(instructions("asr", lang))
     meta = {"task": "asr", "lang": lang}
-    return [Sample(f"{record.key}/asr", (user(question, speech), assistant(sentence_case(text.strip()))), meta)]
+    return [Sample(f"{record.key}/asr", (dictated(speech, question), assistant(sentence_case(text.strip()))), meta)]
 
 
 def sound(record: Record, rng: random.Random, lang: str = "en") -> list[Sample]:

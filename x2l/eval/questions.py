@@ -10,7 +10,7 @@ from pathlib import Path
 from x2l.data.caption_qa import QA, question_answers
 from x2l.data.prompts import instructions
 from x2l.data.sources import Record
-from x2l.data.tasks import HAN, media_part, tidy
+from x2l.data.tasks import HAN, dictated, media_part, tidy
 from x2l.eval import pope as yes_no
 from x2l.eval.llava_bench import Question
 from x2l.eval.refusal import REQUESTS
@@ -40,7 +40,7 @@ def asr(records: Iterable[Record], instruction: str | None = None, cluster: str 
         if cluster is not None:
             meta["cluster"] = record.fields[cluster]
         question = instruction or instructions("asr", lang)[0]
-        samples.append(Sample(f"{record.key}/asr", (user(question, media_part(record, "speech")),), meta))
+        samples.append(Sample(f"{record.key}/asr", (dictated(media_part(record, "speech"), question),), meta))
     return samples
 
 
@@ -85,7 +85,7 @@ def masr(records: Iterable[Record], lang: str = "en", instruction: str | None = 
     return [
         Sample(
             f"{record.key}/masr",
-            (user(media_part(record, "image"), text, media_part(record, "speech")),),
+            (dictated(media_part(record, "speech"), text, media_part(record, "image")),),
             {"lang": lang, "references": [record.fields["text"]]},
         )
         for record in records

@@ -52,7 +52,9 @@ def image_text(record: Record, part: Part, rng: random.Random) -> Sample:
 
 def speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
     ext, blob = _file(record, "sound")
-    return [_ask("asr", part, rng), {"type": "speech", "key": ext}], sentence_case(_words(record)), {ext: blob}
+    asked = _ask("asr", part, rng)["text"] + "\n"  # as in x2l.data.tasks.dictated
+    parts = [{"type": "text", "text": asked}, {"type": "speech", "key": ext}]
+    return parts, sentence_case(_words(record)), {ext: blob}
 
 
 def video_text(record: Record, part: Part, rng: random.Random) -> Sample:
