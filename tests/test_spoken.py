@@ -75,14 +75,14 @@ def test_dictation_prefers_common_words_and_follows_from_the_seed() -> None:
 
 
 def test_common_words_are_words_not_pieces() -> None:
-    class Tokenizer:
-        texts = [" the", " dogs", " nam", " running", " I", " a", "cat", " planet", " applic", " used"]
+    texts = [" the", " dogs", " nam", " running", " I", " a", "cat", " planet", " applic", " used"]
 
+    class Tokenizer:
         def __len__(self) -> int:
-            return len(self.texts)
+            return len(texts)
 
         def batch_decode(self, ids: list[list[int]]) -> list[str]:
-            return [self.texts[i] for (i,) in ids]
+            return [texts[i] for (i,) in ids]
 
     assert spoken.common_words(Tokenizer()) == ["the", "dogs", "running", "planet", "used"]
     assert spoken.common_words(Tokenizer(), 2) == ["the", "dogs"]
