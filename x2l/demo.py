@@ -36,7 +36,5 @@ def demo(console: Console, model: str = "tiny") -> None:
     chat.attach("speech", path)
     console.print(f"\n[bold]{path.name}[/] {path}\n[cyan]> (spoken) {said}[/]", highlight=False, soft_wrap=True)
     chat.ask()
-    console.print(
-        "\nYour own photo: [bold].venv/bin/x2l chat --image photo.jpg[/]; your voice: [bold].venv/bin/x2l chat --speech question.wav[/]",
-        highlight=False,
-    )
+    console.print("\nYour own photo: [bold].venv/bin/x2l chat --image photo.jpg[/]", highlight=False)
+    console.print("Your own voice: [bold].venv/bin/x2l chat --speech question.wav[/]", highlight=False)
