@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from x2l.align import Aligner, monotone_ends
-from x2l.asr import CIFASR, MOONSHINE_NAMES, Decoder, Spoken
+from x2l.asr import CIFASR, Decoder, Spoken
 from x2l.interfaces.cif import CIFOutput
+from x2l.modalities.reader import MOONSHINE_NAMES
 from x2l.modalities.speech import Listener
 from x2l.types import Features, Media
 

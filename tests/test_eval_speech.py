@@ -111,3 +111,18 @@ def test_spoken_questions_are_measured_beside_best_and_chance(shard: str, tmp_pa
     assert heard.startswith("| spoken | 3 | 66.7 ")
     assert typed.startswith("| as it sounds, typed | 3 | 100.0 ")
     assert other.startswith("| another question, spoken | 3 | 0.0")
+
+
+@pytest.mark.network
+def test_the_shipped_cif_asr_writes_what_is_said_with_times_inside_the_recording() -> None:
+    from x2l.data.media import SAMPLE_RATE, decode_audio
+    from x2l.encoders import moonshine
+    from x2l.weights import resolve
+
+    recognizer, _, _ = asr.cif_asr(Path("x2l:tiny/asr"))
+    wave = decode_audio(resolve(f"{moonshine.ASSETS.removesuffix('/tiny-en')}/beckett.wav").read_bytes())
+    ((*tokens,),) = recognizer.transcribe([wave], num_beams=4)
+    assert "".join(text for text, _ in tokens).strip().startswith("ever tried ever failed no matter try")
+    ends = [end for _, end in tokens]
+    assert ends == sorted(ends)
+    assert 0 < ends[0] < ends[-1] <= len(wave) / SAMPLE_RATE

@@ -19,6 +19,8 @@ from x2l.config import RECIPES, load_train_config
 ENCODER = {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
            "num_blocks": 2, "pool_after": [1]}  # fmt: skip
 
+DECODER = {"ffn_width": 16, "num_heads": 2, "num_blocks": 3}
+
 
 @pytest.fixture(scope="module")
 def speech_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,13 +36,14 @@ def speech_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shrunk(name: str, llm: Path, data: Path, run: Path, init: dict[str, str]) -> Path:
     raw: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    interface = {"listener": {"width": 16, "num_heads": 2, "kernel": 3, "parts": 2}, "width": 16, "depth": 1, "heads": 2}
+    former = {"reader": DECODER} if name.startswith("tiny") else {"width": 16, "depth": 1, "heads": 2}
+    interface = {"listener": {"width": 16, "num_heads": 2, "kernel": 3, "parts": 2}, **former}
     raw["model"] = {"llm": {"spec": str(llm)}, "modalities": {"speech": {"encoder": ENCODER, "interface": interface}}}
     if "stage_args" in raw:
         raw["stage_args"] |= {"vocabulary": "[ a-z']"}
     if "decoder" in raw.get("stage_args", {}):
         raw["stage_args"] |= {"moonshine": False}
-        raw["stage_args"]["decoder"] |= {"ffn_width": 16, "num_heads": 2, "num_blocks": 3}
+        raw["stage_args"]["decoder"] |= DECODER
     raw["trainable"] = {glob.replace("network.layers.[2345]", "*"): rate for glob, rate in raw["trainable"].items()}
     source = raw["data"][0] | {"path": "shard-*.tar", "tasks": {"asr": {"lang": "en"}}, "holdout": None}
     raw["val"] = [source | {"holdout": {"field": "spk", "percent": 50, "part": "held_out"}}]
@@ -59,14 +62,18 @@ def test_each_stage_starts_from_the_one_before(
 
     def run(name: str, **init: str) -> Path:
         load_train_config(f"{size}/{name}")
-        folders = {key.replace("__", "."): str(tmp_path / value) for key, value in init.items()}
+        places = {key.replace("__", "."): value.rpartition(":") for key, value in init.items()}
+        folders = {key: f"{kind}{colon}{tmp_path / path}" for key, (kind, colon, path) in places.items()}
         return train.train(load_train_config(str(shrunk(f"{size}/{name}", llm_folder, speech_root, tmp_path / name, folders))))
 
     first = run("stage1_asr")
     assert {path.stem for path in first.iterdir()} >= {"listener", "decoder", "ctc_head"}
     assert (first / "encoder.safetensors").exists() == (size != "bilingual")
     if size != "paper":
-        matched = run("stage2_match", modality__interface__0="stage1_asr/final/listener.safetensors")
+        start = {"modality__interface__0": "stage1_asr/final/listener.safetensors"}
+        if size == "tiny":
+            start["modality__interface__1"] = "decoder:stage1_asr/final/decoder.safetensors"
+        matched = run("stage2_match", **start)
         assert (matched / "speech.safetensors").is_file()
         last = run("stage2_speech", modalities__speech__interface="stage2_match/final/speech.safetensors")
     else:

@@ -35,12 +35,13 @@ WORDS = "A brown dog runs fast through deep white snow ."  # stage 1 wants eight
 CONFORMER = {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
              "num_blocks": 2, "pool_after": [1]}  # fmt: skip
 PICTURE = {"encoder": {"name": "conftest:patches"}, "interface": {"width": 16, "depth": 1, "heads": 2, "num_queries": 4}}
+DECODER = {"ffn_width": 16, "num_heads": 2, "num_blocks": 2}
 LISTENER = {"width": 16, "num_heads": 2, "kernel": 3, "parts": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "image": PICTURE,
     "video": PICTURE | {"decode": {"num_frames": 2}},
     "audio": PICTURE,
-    "speech": {"encoder": CONFORMER, "interface": {"listener": LISTENER, "width": 16, "depth": 1, "heads": 2}},
+    "speech": {"encoder": CONFORMER, "interface": {"listener": LISTENER, "reader": DECODER}},
 }
 
 
@@ -89,6 +90,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in {
         "flickr8k/train-0000": photos, "flickr8k/val-0000": photos, "esc10/train-0000": sounds, "grid-s1/train-0000": lips,
         "speechocean762/train-0000": said, "spoken_questions/train-0000": said, "spoken_questions/answered-0000": answered,
+        "spoken_questions/dictated-0000": said,
         "xllm-instruct-mini/train-0000": mixed,
     }.items():  # fmt: skip
         write_shard(root / f"{name}.tar", rows)
@@ -105,7 +107,7 @@ def shrunk(name: str, llm: Path, root: Path, folder: Path, **changes: Any) -> Pa
         raw["stage_args"]["vocabulary"] = "[ a-z']"
     if "decoder" in raw.get("stage_args", {}):
         raw["stage_args"] |= {"moonshine": False}
-        raw["stage_args"]["decoder"] |= {"ffn_width": 16, "num_heads": 2, "num_blocks": 2}
+        raw["stage_args"]["decoder"] |= DECODER
     raw["trainable"] = {glob: rate for glob, rate in raw["trainable"].items() if not glob.startswith("encoder.")}
     for source in [*raw["data"], *raw.get("val", [])]:
         source["holdout"] = None
@@ -243,7 +245,7 @@ def test_the_shipped_chain_starts_from_nothing_and_is_one_model() -> None:
     done: set[str] = set()
     for name in listed.stages:
         cfg = load_train_config(name)
-        assert {source.removeprefix("image:").split("/final/")[0] for source in cfg.init.values()} <= done
+        assert {source.rpartition(":")[2].split("/final/")[0] for source in cfg.init.values()} <= done
         assert set(cfg.fresh) == {part for part, each in cfg.model.modalities.items() if each.weights}
         done.add(cfg.run)
     recipe = chain.merged([load_train_config(name) for name in listed.stages])

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x2l.encoders.conformer import Attention, valid_frames
+from x2l.encoders.conformer import valid_frames
 from x2l.encoders.fbank import SpecAugment
 from x2l.interfaces.cif import CIFOutput
+from x2l.modalities.reader import DecoderBlock, moonshine_blocks
 from x2l.modalities.speech import Listener
 from x2l.types import Features, Media, Output
 
@@ -42,34 +43,6 @@ class Transcript:
     tokens: list[int]
     frames: list[float]
     log_prob: float
-
-
-class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to the CIF embeddings, attention to one context if any, gated feed-forward."""
-
-    def __init__(self, width: int, ffn_width: int, num_heads: int, context_width: int | None, dropout: float) -> None:
-        super().__init__()
-        self.self_norm = nn.LayerNorm(width, bias=False)
-        self.self_attention = Attention(width, num_heads)
-        self.cif_norm = nn.LayerNorm(width, bias=False)
-        self.cif_attention = Attention(width, num_heads, context_width=width)
-        self.context_norm = nn.LayerNorm(width, bias=False) if context_width else None
-        self.context_attention = Attention(width, num_heads, context_width) if context_width else None
-        self.ffn_norm = nn.LayerNorm(width, bias=False)
-        self.ffn_in = nn.Linear(width, 2 * ffn_width)
-        self.ffn_out = nn.Linear(ffn_width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, heard: Tensor, heard_mask: Tensor, context: Features | None) -> Tensor:
-        """(N, U, width) -> (N, U, width)."""
-        y = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(y, y, causal=True))
-        x = x + self.dropout(self.cif_attention(self.cif_norm(x), heard, heard_mask))
-        if self.context_attention is not None and self.context_norm is not None and context is not None:
-            mask = valid_frames(context.lengths, context.x.shape[1])
-            x = x + self.dropout(self.context_attention(self.context_norm(x), context.x, mask))
-        value, gate = self.ffn_in(self.ffn_norm(x)).chunk(2, -1)
-        return x + self.dropout(self.ffn_out(F.silu(gate) * value))
 
 
 class Decoder(nn.Module):
@@ -277,14 +250,9 @@ def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: l
     table = state["model.decoder.embed_tokens.weight"]
     ids = piece_ids(pieces)
     rows = [table[spell(text, ids)].mean(0) for text in spellings]
-    renamed = {"embedding.weight": torch.stack([*rows, table[1]]), "norm.weight": state["model.decoder.norm.weight"]}
+    renamed = {"embedding.weight": torch.stack([*rows, table[1]])}
     renamed |= {name: torch.zeros_like(value) for name, value in decoder.state_dict().items() if name.startswith("fuse.")}
-    for name, value in state.items():
-        if name.startswith("model.decoder.layers."):
-            ours = "blocks." + name.removeprefix("model.decoder.layers.")
-            for theirs, own in MOONSHINE_NAMES.items():
-                ours = ours.replace(f".{theirs}.", f".{own}.")
-            renamed[ours] = value
+    renamed |= moonshine_blocks(state)
     shapes = {name: value.shape for name, value in decoder.state_dict().items() if ".context_" not in name}
     wrong = sorted(
         name
@@ -294,17 +262,6 @@ def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: l
     if wrong:
         raise ValueError(f"not a Moonshine decoder of this shape, see {wrong[:8]}")
     decoder.load_state_dict(renamed, strict=False)
-
-
-MOONSHINE_NAMES = {
-    "self_attn": "self_attention",
-    "encoder_attn": "cif_attention",
-    "input_layernorm": "self_norm",
-    "post_attention_layernorm": "cif_norm",
-    "final_layernorm": "ffn_norm",
-    "mlp.fc1": "ffn_in",
-    "mlp.fc2": "ffn_out",
-}
 
 
 def piece_ids(pieces: list[bytes]) -> dict[bytes, int]:

@@ -27,6 +27,7 @@ from x2l.interfaces.cformer import import_bert
 from x2l.interfaces.qformer import import_blip2
 from x2l.llm import load_llm, load_table, sketch_llm
 from x2l.modalities import MODALITIES, Kind
+from x2l.modalities.reader import import_decoder
 from x2l.modalities.video import import_image
 from x2l.modality import Modality, Processor
 from x2l.model import XLLM
@@ -139,8 +140,8 @@ def _sketch_encoder(component: Component) -> tuple[Any, Any]:
         return _encoder(component)
 
 
-def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, Any]:
-    """Load a safetensors file into ``module``, every key of it and no other.
+def load_strict(module: nn.Module, path: Path, prefix: str = "", partial: bool = False) -> dict[str, Any]:
+    """Load a safetensors file into ``module``, every key of it and no other; with ``partial`` the file may hold some alone.
 
     Returns:
         The file's metadata.
@@ -154,9 +155,9 @@ def load_strict(module: nn.Module, path: Path, prefix: str = "") -> dict[str, An
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
-    if missing or extra or shapes:
+    if (missing and not partial) or extra or shapes:
         raise ValueError(f"{path} does not fit: missing {missing[:8]}, extra {extra[:8]}, other shapes {shapes[:8]}")
-    module.load_state_dict(state)
+    module.load_state_dict(own | state)
     return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
 
 
@@ -168,6 +169,7 @@ def default_device() -> torch.device:
 IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {
     "blip2": import_blip2,
     "bert": import_bert,
+    "decoder": import_decoder,
     "image": import_image,
 }
 

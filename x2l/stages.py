@@ -80,11 +80,8 @@ def asr_stage(cfg: TrainConfig) -> Stage:
     `CIFASR`.
     """
     model, vocabulary, built = asr_model(cfg)
-    aligner = None
-    if cfg.stage_args.get("moonshine"):
-        state, pieces = moonshine.decoder_weights()
-        import_moonshine(state, pieces, vocabulary.texts, model.decoder)
-        aligner = Aligner(state, pieces, vocabulary.texts, **cfg.stage_args["decoder"])
+    on_moonshine = bool(cfg.stage_args.get("moonshine"))
+    aligner = Aligner(*moonshine.decoder_weights(), vocabulary.texts, **cfg.stage_args["decoder"]) if on_moonshine else None
     for prefix, source in cfg.init.items():
         initialise(model.get_submodule(prefix), source)
     encoder = model.encoder
@@ -93,13 +90,18 @@ def asr_stage(cfg: TrainConfig) -> Stage:
 
     def export() -> dict[str, dict[str, Tensor]]:
         owned = ["listener", "decoder", "ctc_head", *([] if frozen else ["encoder"])]
-        return {name: model.get_submodule(name).state_dict() for name in owned}
+        weights = {name: model.get_submodule(name).state_dict() for name in owned}
+        if on_moonshine:  # the rest comes from the package
+            for part in {"encoder", "decoder"} & weights.keys():
+                kept = [name for name, p in model.get_submodule(part).named_parameters() if p.requires_grad]
+                weights[part] = {name: weights[part][name] for name in kept}
+        return weights
 
     return Stage(model, collate, export)
 
 
 def asr_model(cfg: TrainConfig) -> tuple[CIFASR, Vocabulary, Built]:
-    """The untrained model of stage 1, its vocabulary, and what it was built with."""
+    """The model of stage 1 as it starts, its vocabulary, and what it was built with."""
     args = {name: value for name, value in cfg.stage_args.items() if name not in ("vocabulary", "decoder", "moonshine")}
     built = build(cfg.model, ["speech"], table_only=True)
     vocabulary = Vocabulary.of(built.renderer.tokenizer, cfg.stage_args["vocabulary"])
@@ -107,6 +109,8 @@ def asr_model(cfg: TrainConfig) -> tuple[CIFASR, Vocabulary, Built]:
     listener = Listener(encoder.width, **cfg.model.modalities["speech"].interface["listener"])
     width = listener.width // listener.parts
     decoder = Decoder(len(vocabulary.texts), width, parts=listener.parts, **cfg.stage_args["decoder"])
+    if cfg.stage_args.get("moonshine"):
+        import_moonshine(*moonshine.decoder_weights(), vocabulary.texts, decoder)
     return CIFASR(encoder, listener, decoder, vocabulary.spelling, **args), vocabulary, built
 
 

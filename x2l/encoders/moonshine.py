@@ -209,7 +209,7 @@ def build(
     """Moonshine tiny's encoder and its processor.
 
     Args:
-        weights: spec of an ``encoder_model.ort``, or of what stage 1 made of it (``encoder.safetensors``), which runs in torch.
+        weights: spec of an ``encoder_model.ort``, or of what stage 1 changed of it (``encoder.safetensors``), which runs in torch.
         sha256: of that file; give ``None`` with a spec of your own.
         max_seconds, threads: as in `MoonshineEncoder`.
         trainable: run an ``encoder_model.ort`` in torch, so that stage 1 can train it.
@@ -220,7 +220,10 @@ def build(
     if trainable or weights.endswith(".safetensors"):
         from x2l.encoders.moonshine_torch import TorchMoonshine, read_state  # imports this module
 
-        return TorchMoonshine(read_state(resolve(weights, sha256 if trainable else None)), max_seconds), MoonshineProcessor()
+        state = read_state(resolve(weights, sha256)) if trainable else read_state(resolve(f"{ASSETS}/encoder_model.ort"))
+        if not trainable:
+            state |= read_state(resolve(weights))
+        return TorchMoonshine(state, max_seconds), MoonshineProcessor()
     return MoonshineEncoder(
         lambda: resolve(weights, sha256), sha256 or sha256_of(resolve(weights)), max_seconds, threads
     ), MoonshineProcessor()

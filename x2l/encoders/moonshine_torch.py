@@ -73,7 +73,7 @@ class TorchMoonshine(MoonshineEncoder):
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The encoder's weights in float32: of an ``encoder_model.ort``, or of a file that stage 1 wrote.
+    """The encoder's weights in float32: of an ``encoder_model.ort``, or those that stage 1 trained, of the file that it wrote.
 
     Raises:
         ValueError: it holds no Moonshine encoder.

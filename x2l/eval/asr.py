@@ -128,17 +128,19 @@ PEERS: dict[str, Callable[[str], System]] = {"moonshine": moonshine_peer, "whisp
 
 
 def cif_asr(run: Path) -> tuple[Recognizer, Any, dict[str, Any]]:
-    """The CIF-based ASR model that stage 1 left in a run folder, its LLM's tokenizer, and what identifies it.
+    """The CIF-based ASR model that stage 1 left in a run folder (``x2l:tiny/asr``: the one that ships), its LLM's tokenizer, and
+    what identifies it.
 
     Raises:
         ValueError: no finished stage 1 there.
     """
+    run = resolve(str(run)) if str(run).startswith("x2l:") else run
     if not (run / "final" / "listener.safetensors").is_file():
         raise ValueError(f"{run} holds no finished stage 1: run x2l train tiny/stage1_asr run={run}")
     config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
     model, vocabulary, built = asr_model(config)
     for path in sorted((run / "final").glob("*.safetensors")):
-        load_strict(model.get_submodule(path.stem), path)
+        load_strict(model.get_submodule(path.stem), path, partial=bool(config.stage_args.get("moonshine")))
     encoder: Any = model.encoder
     recognizer = Recognizer(model, built.processors["speech"], vocabulary.texts, encoder.seconds_per_frame)
     info = {"checkpoint": sha256(run / "final" / "decoder.safetensors"), "device": "cpu", "dtype": "float32"}

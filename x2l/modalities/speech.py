@@ -17,6 +17,7 @@ from x2l.encoders.conformer import ConformerBlock, valid_frames
 from x2l.interfaces.adapter import Adapter
 from x2l.interfaces.cformer import CFormer
 from x2l.interfaces.cif import CIF, CIFOutput
+from x2l.modalities.reader import Reader
 from x2l.types import Features
 
 
@@ -113,13 +114,21 @@ class FrozenListener(Listener):
         return super().forward(features)
 
 
-def interface(encoder_width: int, llm_width: int, llm_std: float, listener: dict[str, Any], **cformer: Any) -> list[nn.Module]:
+def interface(
+    encoder_width: int,
+    llm_width: int,
+    llm_std: float,
+    listener: dict[str, Any],
+    reader: dict[str, Any] | None = None,
+    **cformer: Any,
+) -> list[nn.Module]:
     """The speech interface.
 
     Args:
         listener: arguments of `Listener` (width, stride, num_blocks, ...), as in stage 1.
+        reader: arguments of `Reader` (ffn_width, num_heads, num_blocks), to have one for a C-Former.
         cformer: arguments of `CFormer` (width, depth, heads, ...).
     """
     frozen = FrozenListener(encoder_width, **listener)
-    former = CFormer(frozen.width, **cformer)
+    former: CFormer | Reader = CFormer(frozen.width, **cformer) if reader is None else Reader(frozen.width, frozen.parts, **reader)
     return [frozen, former, Adapter(former.out_width, llm_width, llm_std)]

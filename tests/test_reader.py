@@ -1,0 +1,55 @@
+"""The C-Former in the shape of stage 1's decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from x2l.asr import Decoder
+from x2l.modalities.reader import Reader, import_decoder
+from x2l.types import Features
+
+SIZES = {"ffn_width": 16, "num_heads": 2, "num_blocks": 3}
+
+
+def started() -> tuple[Decoder, Reader]:
+    torch.manual_seed(0)
+    decoder, reader = Decoder(7, 16, parts=2, **SIZES).eval(), Reader(32, 2, **SIZES).eval()  # type: ignore[arg-type]
+    assert import_decoder(decoder.state_dict(), reader) == []
+    return decoder, reader
+
+
+@torch.no_grad()
+def test_of_one_token_it_says_what_the_decoder_says() -> None:
+    decoder, reader = started()
+    heard = Features(torch.randn(3, 1, 32), torch.tensor([1, 1, 1]))
+    logits = reader(heard).x @ decoder.embedding.weight[: decoder.bos].T
+    torch.testing.assert_close(logits, decoder(torch.zeros(3, 0, dtype=torch.long), heard))
+
+
+@torch.no_grad()
+def test_it_does_not_depend_on_the_batch_and_an_empty_utterance_is_empty() -> None:
+    _, reader = started()
+    x, lengths = torch.randn(4, 5, 32), torch.tensor([5, 2, 0, 3])
+    together = reader(Features(x, lengths))
+    assert together.lengths.tolist() == lengths.tolist()
+    for i, n in enumerate(lengths.tolist()):
+        assert not together.x[i, n:].any()
+        alone = reader(Features(x[i : i + 1, :n], lengths[i : i + 1]))
+        torch.testing.assert_close(together.x[i, :n], alone.x[0])
+
+
+@torch.no_grad()
+def test_every_place_sees_the_whole_utterance() -> None:
+    _, reader = started()
+    x = torch.randn(1, 4, 32)
+    other = x.clone()
+    other[0, 3] += 1
+    lengths = torch.tensor([4])
+    assert (reader(Features(x, lengths)).x[0, 0] - reader(Features(other, lengths)).x[0, 0]).abs().max() > 1e-4
+
+
+def test_another_decoder_is_refused() -> None:
+    decoder = Decoder(7, 16, parts=2, **SIZES | {"num_blocks": 2})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"not a decoder of this reader's shape, see \['blocks.2"):
+        import_decoder(decoder.state_dict(), Reader(32, 2, **SIZES))  # type: ignore[arg-type]
