@@ -285,7 +285,8 @@ def test_speech_and_video_kinds() -> None:
     heard = Record("a", {"text": "GOOD DAY"}, {"wav": b"RIFF"})
     source: Any = []
     content, answer, media = instruct.speech_text(heard, Part("speech-text", source, "en"), rng)
-    assert (content[0], answer, list(media)) == ({"type": "speech", "key": "wav"}, "Good day", ["wav"])
+    assert (content[-1], answer, list(media)) == ({"type": "speech", "key": "wav"}, "Good day", ["wav"])
+    assert content[0]["text"].endswith("\n")  # the speech stands on a line of its own
     seen = Record("b", {"text": "bin blue now"}, {"mkv": b"1"})
     content, answer, _ = instruct.video_text(seen, Part("video-text", source, "en", talking=True), rng)
     assert (content[0]["type"], answer) == ("video", 'A person faces the camera and says: "bin blue now."')
