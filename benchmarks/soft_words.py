@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from x2l.assistant import Assistant
@@ -24,7 +23,6 @@ from x2l.eval import questions, spoken
 from x2l.modalities.reader import Reader, import_decoder
 from x2l.modality import Modality
 from x2l.recognizer import Vocabulary
-from x2l.stages import asr_model
 from x2l.types import Features
 from x2l.weights import resolve
 
