@@ -256,3 +256,15 @@ def test_moonshine_in_torch_hears_what_the_int8_network_hears() -> None:
     wave, _ = soundfile.read(resolve(f"{moonshine.ASSETS.removesuffix('/tiny-en')}/beckett.wav"), dtype="float32")
     ours, theirs = (moonshine.build(trainable=trainable, threads=1)[0].encode(wave[: 4 * RATE]) for trainable in (True, False))
     assert float((ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)) > 0.99
+
+
+@pytest.mark.network
+def test_what_stage_1_did_not_train_comes_from_the_package() -> None:
+    from x2l.encoders import moonshine
+
+    plain, _ = moonshine.build(trainable=True)
+    tuned, _ = moonshine.build("x2l:tiny/asr/final/encoder.safetensors")
+    before, after = (encoder.state_dict() for encoder in (plain, tuned))
+    changed = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"2", "3", "4", "5"}
+    assert all("layers" in name for name in before if not torch.equal(before[name], after[name]))

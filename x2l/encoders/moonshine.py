@@ -220,9 +220,9 @@ def build(
     if trainable or weights.endswith(".safetensors"):
         from x2l.encoders.moonshine_torch import TorchMoonshine, read_state  # imports this module
 
-        state = read_state(resolve(weights, sha256)) if trainable else read_state(resolve(f"{ASSETS}/encoder_model.ort"))
-        if not trainable:
-            state |= read_state(resolve(weights))
+        state = read_state(resolve(weights, sha256 if trainable else None))
+        if "conv1.weight" not in state:  # stage 1 writes what it trained alone
+            state = read_state(resolve(f"{ASSETS}/encoder_model.ort", SHA256["encoder_model.ort"])) | state
         return TorchMoonshine(state, max_seconds), MoonshineProcessor()
     return MoonshineEncoder(
         lambda: resolve(weights, sha256), sha256 or sha256_of(resolve(weights)), max_seconds, threads
