@@ -276,3 +276,7 @@ def test_a_convolutional_encoder_is_counted_by_running_it() -> None:
 
     told = flops.encoder(Grid(), flops.Item(0.0), lambda: {"pixels": torch.zeros(1, 3, 16, 16)})
     assert told == (2 * 16 * 5 * 3 * 16, 16)
+
+
+def test_a_stage_that_starts_from_a_trained_encoder_needs_no_training_to_be_described() -> None:
+    assert any("speech" in part.name for part in info("tiny/stage2_match").parts)

@@ -136,6 +136,8 @@ def _sketch_encoder(component: Component) -> tuple[Any, Any]:
         return _call(sketches[component.name], f"encoder {component.name}", args, _architecture(args.pop("weights"))), None
     if component.name == "conformer":
         return _encoder(component)
+    if component.name == "moonshine" and not component.args.get("trainable"):
+        component = Component(name="moonshine")  # of what stage 1 trains, the shape is the package's
     with torch.device("cpu"):
         return _encoder(component)
 
