@@ -21,7 +21,7 @@ SMOOTHING = 0.1
 class Matcher(nn.Module):
     """Cross-entropy of the nearest embedding among the vocabulary's by cosine, plus that of the lengths of the two, squared.
 
-    The squared distance in its place makes doubtful embeddings short, 1.5 where the LLM's have 3.3, and the LLM reads them badly.
+    The squared distance in its place makes doubtful embeddings short, and the LLM reads them badly (dev/LOG.md).
 
     Args:
         modality: frozen encoder and an interface that yields LLM embeddings.
