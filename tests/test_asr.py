@@ -13,8 +13,9 @@ from x2l.encoders.moonshine import MoonshineProcessor
 from x2l.match import Matcher
 from x2l.modalities.speech import Listener, interface
 from x2l.modality import Modality
-from x2l.recognizer import Recognizer, Vocabulary, spoken_form
+from x2l.recognizer import Recognizer
 from x2l.types import Features, Media
+from x2l.vocabulary import Vocabulary, spoken_form
 
 VOCAB, WIDTH = 7, 16
 SPELLING = torch.tensor([[1, 0, 0], [2, 0, 0], [3, 0, 0], [1, 2, 0], [2, 3, 0], [3, 1, 2], [3, 3, 0]])

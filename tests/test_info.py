@@ -279,4 +279,4 @@ def test_a_convolutional_encoder_is_counted_by_running_it() -> None:
 
 
 def test_a_stage_that_starts_from_a_trained_encoder_needs_no_training_to_be_described() -> None:
-    assert any("speech" in part.name for part in info("tiny/stage2_match").parts)
+    assert any("speech" in part.name for part in info("tiny/stage2_speech").parts)

@@ -242,6 +242,7 @@ def test_moonshine_in_torch_learns_and_comes_back_from_its_file(tmp_path: Path) 
     assert all(parameter.grad is not None for parameter in encoder.network.layers.parameters())
     save_file({name: tensor.half() for name, tensor in encoder.state_dict().items()}, tmp_path / "encoder.safetensors")
     again, _ = moonshine.build(str(tmp_path / "encoder.safetensors"), max_seconds=2.0)
+    assert [name for name, _ in again.named_parameters()] == []  # built when it first hears something, and frozen
     wave = np.sin(np.arange(3 * RATE) / 20).astype(np.float32)
     np.testing.assert_allclose(again.encode(wave), encoder.encode(wave), atol=0.02)
 
@@ -263,7 +264,7 @@ def test_what_stage_1_did_not_train_comes_from_the_package() -> None:
     from x2l.encoders import moonshine
 
     plain, _ = moonshine.build(trainable=True)
-    tuned, _ = moonshine.build("x2l:tiny/asr/final/encoder.safetensors")
+    tuned, _ = moonshine.build("x2l:tiny/asr/final/encoder.safetensors", trainable=True)
     before, after = (encoder.state_dict() for encoder in (plain, tuned))
     changed = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"2", "3", "4", "5"}

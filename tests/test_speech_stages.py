@@ -36,7 +36,8 @@ def speech_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shrunk(name: str, llm: Path, data: Path, run: Path, init: dict[str, str]) -> Path:
     raw: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    former = {"reader": DECODER} if name.startswith("tiny") else {"width": 16, "depth": 1, "heads": 2}
+    words = {"vocabulary": "[ a-z']", "table": str(run.parent / "stage1_asr/final/decoder.safetensors")}
+    former = {"reader": DECODER, "words": words} if name.startswith("tiny") else {"width": 16, "depth": 1, "heads": 2}
     interface = {"listener": {"width": 16, "num_heads": 2, "kernel": 3, "parts": 2}, **former}
     raw["model"] = {"llm": {"spec": str(llm)}, "modalities": {"speech": {"encoder": ENCODER, "interface": interface}}}
     if "stage_args" in raw:
@@ -69,11 +70,14 @@ def test_each_stage_starts_from_the_one_before(
     first = run("stage1_asr")
     assert {path.stem for path in first.iterdir()} >= {"listener", "decoder", "ctc_head"}
     assert (first / "encoder.safetensors").exists() == (size != "bilingual")
-    if size != "paper":
-        start = {"modality__interface__0": "stage1_asr/final/listener.safetensors"}
-        if size == "tiny":
-            start["modality__interface__1"] = "decoder:stage1_asr/final/decoder.safetensors"
-        matched = run("stage2_match", **start)
+    if size == "tiny":
+        last = run(
+            "stage2_speech",
+            modalities__speech__interface__0="stage1_asr/final/listener.safetensors",
+            modalities__speech__interface__1="decoder:stage1_asr/final/decoder.safetensors",
+        )
+    elif size == "bilingual":
+        matched = run("stage2_match", modality__interface__0="stage1_asr/final/listener.safetensors")
         assert (matched / "speech.safetensors").is_file()
         last = run("stage2_speech", modalities__speech__interface="stage2_match/final/speech.safetensors")
     else:

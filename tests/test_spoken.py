@@ -61,28 +61,3 @@ def test_records_are_spoken_and_answered() -> None:
     assert heard.messages[-1].text == "Is it you?"
     (plain,) = spoken.spoken_questions(["Why?"], ("awb",))
     assert "messages" not in plain.fields
-
-
-def test_dictation_prefers_common_words_and_follows_from_the_seed() -> None:
-    words = [f"word{i}" for i in range(100)]
-    found = spoken.dictation(400, words)
-    assert spoken.dictation(400, words) == found != spoken.dictation(400, words, seed=1)
-    assert len(set(found)) == 400
-    said = " ".join(found).lower()
-    common, rare = (sum(said.count(f"word{i} ") for i in ranks) for ranks in (range(10, 20), range(80, 90)))
-    assert common > 1.5 * rare > 0
-    assert set(instructions("questions_held_out", "en")).isdisjoint(found)
-
-
-def test_common_words_are_words_not_pieces() -> None:
-    texts = [" the", " dogs", " nam", " running", " I", " a", "cat", " planet", " applic", " used"]
-
-    class Tokenizer:
-        def __len__(self) -> int:
-            return len(texts)
-
-        def batch_decode(self, ids: list[list[int]]) -> list[str]:
-            return [texts[i] for (i,) in ids]
-
-    assert spoken.common_words(Tokenizer()) == ["the", "dogs", "running", "planet", "used"]
-    assert spoken.common_words(Tokenizer(), 2) == ["the", "dogs"]

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from x2l.asr import Decoder, import_moonshine, piece_ids, spell
+from x2l.asr import Decoder, import_moonshine
 from x2l.encoders.conformer import Attention
 from x2l.types import Features
+from x2l.vocabulary import piece_ids, spell
 
 
 class Aligner:

@@ -23,6 +23,7 @@ from x2l.interfaces.cif import CIFOutput
 from x2l.modalities.reader import DecoderBlock, moonshine_blocks
 from x2l.modalities.speech import Listener
 from x2l.types import Features, Media, Output
+from x2l.vocabulary import spelled_rows
 
 
 class Spoken(NamedTuple):
@@ -248,9 +249,7 @@ def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: l
         ValueError: a weight is missing or has another shape, or a token that Moonshine cannot spell.
     """
     table = state["model.decoder.embed_tokens.weight"]
-    ids = piece_ids(pieces)
-    rows = [table[spell(text, ids)].mean(0) for text in spellings]
-    renamed = {"embedding.weight": torch.stack([*rows, table[1]])}
+    renamed = {"embedding.weight": torch.cat([spelled_rows(table, pieces, spellings), table[1:2]])}
     renamed |= {name: torch.zeros_like(value) for name, value in decoder.state_dict().items() if name.startswith("fuse.")}
     renamed |= moonshine_blocks(state)
     shapes = {name: value.shape for name, value in decoder.state_dict().items() if ".context_" not in name}
@@ -262,24 +261,3 @@ def import_moonshine(state: dict[str, Tensor], pieces: list[bytes], spellings: l
     if wrong:
         raise ValueError(f"not a Moonshine decoder of this shape, see {wrong[:8]}")
     decoder.load_state_dict(renamed, strict=False)
-
-
-def piece_ids(pieces: list[bytes]) -> dict[bytes, int]:
-    """The id of each of Moonshine's tokens, the special ones (``<s>``) left out."""
-    return {piece: i for i, piece in reversed(list(enumerate(pieces))) if not piece.startswith(b"<")}
-
-
-def spell(text: str, ids: dict[bytes, int]) -> list[int]:
-    """Ids of the pieces of ``text``, the longest first at each place.
-
-    Raises:
-        ValueError: a part of it is no piece.
-    """
-    spelled, found, at = text.replace(" ", "\u2581").encode(), list[int](), 0
-    while at < len(spelled):
-        end = next((end for end in range(len(spelled), at, -1) if spelled[at:end] in ids), None)
-        if end is None:
-            raise ValueError(f"no Moonshine token begins {spelled[at:]!r}")
-        found.append(ids[spelled[at:end]])
-        at = end
-    return found

@@ -74,6 +74,7 @@ def build(
     std = float(llm.get_input_embeddings().weight.float().std())
     model, processors = assemble(config, llm, std, _encoder)
     for name, part in config.modalities.items():
+        model.modalities[name].connect(lambda: llm.get_input_embeddings().weight, tokenizer)  # type: ignore[operator]
         if part.weights and name not in fresh:
             load_strict(model.modalities[name].get_submodule("interface"), resolve(part.weights))
     model = model.to(default_device()).eval()

@@ -85,7 +85,7 @@ def chat(
 
         x2l chat --audio sound.wav "What do you hear?"
 
-        x2l chat --speech question.wav --model MODEL      (one that reads speech)
+        x2l chat --speech question.wav                    (asks by voice)
 
         x2l chat            (then: /image photo.jpg, and a question)
     """

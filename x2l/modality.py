@@ -47,6 +47,14 @@ class Modality(nn.Module):
         self.interface[: self.num_frozen].eval()
         return self
 
+    def connect(self, embeddings: Callable[[], Tensor], tokenizer: Any) -> None:
+        """Tell those modules of the interface that ask for it (by a method ``connect``) the LLM's input embeddings (V, D), to be
+        had when they are needed, and its tokenizer."""
+        for layer in self.interface:
+            connect: Any = getattr(layer, "connect", None)
+            if connect is not None:
+                connect(embeddings, tokenizer)
+
     @torch.no_grad()
     def encode(self, media: Media) -> Features:
         """What is frozen gives of all items, (N, F, E): computed, or as it came from the cache."""

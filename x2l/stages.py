@@ -28,8 +28,8 @@ from x2l.interfaces.qformer import QFormer
 from x2l.match import Matcher
 from x2l.modalities.speech import Listener
 from x2l.modality import Modality
-from x2l.recognizer import Vocabulary
 from x2l.types import Media, Sample
+from x2l.vocabulary import Vocabulary
 from x2l.weights import cache_dir
 
 Families = list[list[Sample]]  # the samples of each record of a batch

@@ -100,12 +100,11 @@ def view(spec: Spec, out: Annotated[Path, typer.Option(help="the page")] = Path(
 def questions(
     out: Annotated[Path, typer.Argument(help="folder for the shards")],
     num: Annotated[int, typer.Option(help="spoken questions for training")] = 900,
-    num_dictated: Annotated[int, typer.Option(help="sentences without sense, of the LLM's 10,000 most common words")] = 7_000,
     num_answered: Annotated[int, typer.Option(help="so many of them also with the LLM's answer to the typed question")] = 300,
     model: Annotated[str, typer.Option("--model", "-m", help="model recipe whose LLM answers")] = "tiny",
     batch_size: int = 30,
 ) -> None:
-    """Make spoken questions with flite: train-*.tar, answered-*.tar, dictated-*.tar, and held_out-*.tar by another voice.
+    """Make spoken questions with flite: train-*.tar, answered-*.tar, and held_out-*.tar by another voice.
 
     Example:
 
@@ -118,14 +117,12 @@ def questions(
     from x2l.types import Sample, user
 
     texts, assistant, answers = spoken.questions(num), Assistant.load(model), list[str]()
-    dictated = spoken.dictation(num_dictated, spoken.common_words(assistant.tokenizer))
     for at in range(0, num_answered, batch_size):
         asked = [Sample(text, (user(text),)) for text in texts[at : min(at + batch_size, num_answered)]]
         answers += map(spoken.first_sentence, assistant.generate_text(asked, max_new_tokens=32))
     for name, records in (
         ("train", spoken.spoken_questions(texts, spoken.VOICES)),
         ("answered", spoken.spoken_questions(texts[:num_answered], spoken.VOICES, answers)),
-        ("dictated", spoken.spoken_questions(dictated, spoken.VOICES)),
         ("held_out", spoken.spoken_questions(instructions("questions_held_out", "en"), [spoken.HELD_OUT_VOICE])),
     ):
         typer.echo("\n".join(map(str, write_shards(records, out, name))))

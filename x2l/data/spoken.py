@@ -5,15 +5,13 @@ Synthetic speech is for training and for asking; no error rate is ever measured 
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
 from typing import Any
 
 from x2l.data.prompts import instructions
-from x2l.data.sources import DataError, Record
+from x2l.data.sources import Record
 from x2l.data.transforms.speak import levelled, to_flac
 from x2l.data.transforms.tts import synthesizer
 
@@ -33,40 +31,6 @@ def questions(num: int, seed: int = 0, lang: str = "en") -> list[str]:
     slots = {name.strip(): values.split(" | ") for name, _, values in (x[1:].partition(": ") for x in lines if x[0] == "=")}
     rng = random.Random(seed)
     return different(num, [line for line in lines if line[0] != "="], lambda slot: rng.choice(slots[slot]), rng)
-
-
-def dictation(num: int, words: Sequence[str], seed: int = 0, lang: str = "en") -> list[str]:
-    """Different sentences without sense, the templates of ``prompts/dictation.<lang>.txt`` filled with ``words``.
-
-    They teach the sound of every word; common words come more often: the rank of a word is drawn as N u^2, u uniform in [0, 1).
-
-    Args:
-        words: the most common one first, as in `common_words`.
-    """
-    rng = random.Random(seed)
-    return different(num, instructions("dictation", lang), lambda slot: words[int(len(words) * rng.random() ** 2)], rng)
-
-
-def common_words(tokenizer: Any, num: int = 10_000) -> list[str]:
-    """English words of at least two letters that are one token of an LLM, most common first (the order of the merges).
-
-    A dictionary tells words from pieces of words: misaki's, with the endings -s, -es, -d, -ed and -ing.
-
-    Raises:
-        DataError: misaki is not installed.
-    """
-    try:
-        known = json.loads((files("misaki") / "data" / "us_gold.json").read_text(encoding="utf-8"))
-    except ModuleNotFoundError as error:
-        raise DataError("telling words from pieces of words needs misaki: pip install 'x2l[data]'") from error
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    words = [text.strip() for text in texts if re.fullmatch(r" [a-z]{2,}", text)]
-
-    def is_word(text: str) -> bool:
-        stems = {text, *(text.removesuffix(ending) for ending in ("s", "es", "d", "ed", "ing")), re.sub("ing$", "e", text)}
-        return any(len(stem) > 1 and stem in known for stem in stems)
-
-    return [word for word in words if is_word(word)][:num]
 
 
 def different(num: int, templates: Sequence[str], fill: Callable[[str], str], rng: random.Random) -> list[str]:

@@ -210,20 +210,19 @@ def build(
 
     Args:
         weights: spec of an ``encoder_model.ort``, or of what stage 1 changed of it (``encoder.safetensors``), which runs in torch.
-        sha256: of that file; give ``None`` with a spec of your own.
+        sha256: of an ``encoder_model.ort``; give ``None`` with a spec of your own.
         max_seconds, threads: as in `MoonshineEncoder`.
-        trainable: run an ``encoder_model.ort`` in torch, so that stage 1 can train it.
+        trainable: run it in torch, so that stage 1 can train it.
 
     Raises:
         ValueError: the weights cannot be had.
     """
     if trainable or weights.endswith(".safetensors"):
-        from x2l.encoders.moonshine_torch import TorchMoonshine, read_state  # imports this module
+        from x2l.encoders.moonshine_torch import LazyMoonshine, TorchMoonshine, read_state  # imports this module
 
-        state = read_state(resolve(weights, sha256 if trainable else None))
-        if "conv1.weight" not in state:  # stage 1 writes what it trained alone
-            state = read_state(resolve(f"{ASSETS}/encoder_model.ort", SHA256["encoder_model.ort"])) | state
-        return TorchMoonshine(state, max_seconds), MoonshineProcessor()
+        path = resolve(weights, None if weights.endswith(".safetensors") else sha256)
+        encoder = TorchMoonshine(read_state(path), max_seconds) if trainable else LazyMoonshine(path, max_seconds)
+        return encoder, MoonshineProcessor()
     return MoonshineEncoder(
         lambda: resolve(weights, sha256), sha256 or sha256_of(resolve(weights)), max_seconds, threads
     ), MoonshineProcessor()

@@ -6,6 +6,7 @@ The same function as `x2l.encoders.moonshine.MoonshineEncoder`, in float32 where
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from transformers import MoonshineConfig
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder as Network
 
 from x2l.encoders.conformer import valid_frames
-from x2l.encoders.moonshine import MoonshineEncoder, dequantised, load_graph, pad, windows
+from x2l.encoders.moonshine import ASSETS, SHA256, MoonshineEncoder, dequantised, load_graph, pad, windows
 from x2l.types import Features
+from x2l.weights import resolve, sha256_of
 
 
 class TorchMoonshine(MoonshineEncoder):
@@ -72,14 +74,44 @@ class TorchMoonshine(MoonshineEncoder):
         return self._blocks(frames[None], torch.tensor([len(frames)], device=device))[0].cpu().numpy()
 
 
+class LazyMoonshine(MoonshineEncoder):
+    """What stage 1 made of the encoder, frozen: built when it first hears something, as `MoonshineEncoder` is, and not part of
+    the module tree.
+
+    Args:
+        trained: ``encoder.safetensors`` of stage 1: all weights, or those that it trained, the others being the package's.
+        max_seconds: longest window that the network sees at once.
+    """
+
+    def __init__(self, trained: Path, max_seconds: float = 20.0) -> None:
+        nn.Module.__init__(self)
+        self.trained, self.max_seconds = trained, max_seconds
+        self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256_of(trained))), dtype=torch.uint8))
+
+    @cached_property
+    def _network(self) -> TorchMoonshine:
+        return TorchMoonshine(read_state(self.trained), self.max_seconds).requires_grad_(False).eval()
+
+    def forward(self, waves: Tensor, lengths: Tensor) -> Features:
+        """As `TorchMoonshine.forward`, on the device of ``waves``."""
+        features: Features = self._network.to(waves.device)(waves, lengths)
+        return features
+
+    def _encode(self, window: np.ndarray) -> np.ndarray:
+        return self._network._encode(window)
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The encoder's weights in float32: of an ``encoder_model.ort``, or those that stage 1 trained, of the file that it wrote.
+    """The encoder's weights in float32: of an ``encoder_model.ort``, or of what stage 1 wrote, which lacks what it did not train:
+    that comes from the package.
 
     Raises:
         ValueError: it holds no Moonshine encoder.
     """
     if path.suffix == ".safetensors":
-        return {name.removeprefix("network."): tensor.float() for name, tensor in load_file(path).items()}
+        trained = {name.removeprefix("network."): tensor.float() for name, tensor in load_file(path).items()}
+        whole = "conv1.weight" in trained
+        return trained if whole else read_state(resolve(f"{ASSETS}/encoder_model.ort", SHA256["encoder_model.ort"])) | trained
     graph = load_graph(path)
     weights = dequantised(graph, graph)
     renamed = {re.sub(r"_add_tensor$", "", name): tensor for name, tensor in weights.items()}

@@ -21,9 +21,10 @@ from x2l.eval import records, tasks
 from x2l.eval.predict import Generator, Render, predict, prompt_of
 from x2l.eval.report import format_score
 from x2l.modality import Processor
-from x2l.recognizer import Recognizer, spoken_form
+from x2l.recognizer import Recognizer
 from x2l.stages import asr_model
 from x2l.types import Sample
+from x2l.vocabulary import spoken_form
 from x2l.weights import resolve
 
 

@@ -17,8 +17,8 @@ from x2l.data.tasks import media_part
 from x2l.eval import tasks
 from x2l.eval.predict import Generator, Render, predict
 from x2l.eval.report import format_score
-from x2l.recognizer import spoken_form
 from x2l.types import Message, Sample, user
+from x2l.vocabulary import spoken_form
 
 
 def compare(

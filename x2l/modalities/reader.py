@@ -1,8 +1,9 @@
 """A C-Former in the shape of stage 1's decoder, from which it starts.
 
 X-LLM starts its C-Former from a BERT, which knows text but has never heard anything. The decoder of the CIF-based ASR model
-knows both: asked for all tokens at once, without the tokens before, it already tells two thirds of them (dev/LOG.md). Not in the
-paper. Shape letters: N utterances, U embeddings, C width.
+knows both: asked for all tokens at once, without the tokens before, it already tells two thirds of them. Read again with what it
+understood for the tokens before (Jacobi iteration: Song et al., arXiv 2002.03629), it says after few passes what it would say
+token by token. Not in the paper. Shape letters: N utterances, U embeddings, C width.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from x2l.encoders import moonshine
 from x2l.encoders.conformer import Attention, valid_frames
+from x2l.modalities.soft_words import Words
 from x2l.types import Features
 
 
@@ -52,12 +54,25 @@ class Reader(nn.Module):
     Args:
         in_width: parts * C, of the listener's embeddings.
         parts: of the listener; attention sees them apart.
+        words: the tokens that stage 1 writes in; None where it reads once.
         ffn_width, num_heads, num_blocks: as the decoder's of stage 1.
+        again: passes after the first, each given the words of the one before; U of them read token by token.
     """
 
-    def __init__(self, in_width: int, parts: int, ffn_width: int, num_heads: int, num_blocks: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        in_width: int,
+        parts: int,
+        words: Words | None,
+        ffn_width: int,
+        num_heads: int,
+        num_blocks: int,
+        again: int = 2,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.parts, self.out_width = parts, in_width // parts
+        self.words, self.again = words, again if words else 0
         self.start = nn.Parameter(torch.zeros(self.out_width))  # where the decoder has the token before
         self.fuse = nn.Linear(in_width, self.out_width)
         self.blocks = nn.ModuleList(DecoderBlock(self.out_width, ffn_width, num_heads, None, dropout) for _ in range(num_blocks))
@@ -73,10 +88,19 @@ class Reader(nn.Module):
         heard = heard.masked_fill(beyond, 0.0)
         pieces = heard.unflatten(-1, (self.parts, -1)).flatten(1, 2)
         pieces_mask = valid_frames(seen_N * self.parts, pieces.shape[1])
-        x = self.start + self.fuse(heard)
+        x = self._read(self.start + self.fuse(heard), pieces, pieces_mask, mask)
+        for _ in range(self.again):
+            assert self.words is not None
+            said = self.words.spoken(self.words.posterior(x))
+            before = torch.cat([self.start.expand(len(x), 1, -1), said[:, :-1]], 1)
+            x = self._read(before + self.fuse(heard), pieces, pieces_mask, None)
+        return Features(x.masked_fill(beyond, 0.0), lengths_N)
+
+    def _read(self, x: Tensor, pieces: Tensor, pieces_mask: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.blocks:
             x = block(x, pieces, pieces_mask, mask=mask)
-        return Features(self.norm(x).masked_fill(beyond, 0.0), lengths_N)
+        read: Tensor = self.norm(x)
+        return read
 
 
 MOONSHINE_NAMES = {

@@ -18,6 +18,7 @@ from x2l.interfaces.adapter import Adapter
 from x2l.interfaces.cformer import CFormer
 from x2l.interfaces.cif import CIF, CIFOutput
 from x2l.modalities.reader import Reader
+from x2l.modalities.soft_words import SoftWords, Words
 from x2l.types import Features
 
 
@@ -120,15 +121,28 @@ def interface(
     llm_std: float,
     listener: dict[str, Any],
     reader: dict[str, Any] | None = None,
+    words: dict[str, Any] | None = None,
     **cformer: Any,
 ) -> list[nn.Module]:
-    """The speech interface.
+    """The speech interface: listener, C-Former and S-Adapter, each by the paper or as a stage 1 that writes text lets it be.
 
     Args:
         listener: arguments of `Listener` (width, stride, num_blocks, ...), as in stage 1.
-        reader: arguments of `Reader` (ffn_width, num_heads, num_blocks), to have one for a C-Former.
+        reader: arguments of `Reader` (ffn_width, num_heads, num_blocks, ...), to have stage 1's decoder for a C-Former.
+        words: arguments of `Words` (vocabulary, ...), to have `SoftWords` for an adapter; they go with a reader.
         cformer: arguments of `CFormer` (width, depth, heads, ...).
+
+    Raises:
+        TypeError: one of reader and words without the other.
     """
     frozen = FrozenListener(encoder_width, **listener)
-    former: CFormer | Reader = CFormer(frozen.width, **cformer) if reader is None else Reader(frozen.width, frozen.parts, **reader)
-    return [frozen, former, Adapter(former.out_width, llm_width, llm_std)]
+    if (reader is None) != (words is None):
+        raise TypeError("reader and words go together: soft words are read in what stage 1's decoder gives")
+    if reader is None or words is None:
+        former = CFormer(frozen.width, **cformer)
+        return [frozen, former, Adapter(former.out_width, llm_width, llm_std)]
+    if cformer:
+        raise TypeError(f"a reader takes the C-Former's place, which has no use for {', '.join(cformer)}")
+    shared = Words(**words)
+    decoder = Reader(frozen.width, frozen.parts, shared, **reader)
+    return [frozen, decoder, SoftWords(decoder.out_width, llm_width, shared)]

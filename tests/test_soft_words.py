@@ -1,0 +1,83 @@
+"""Soft words: the S-Adapter that starts as a mean of the LLM's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from safetensors.torch import save_file
+
+from x2l.modalities.soft_words import SoftWords, Words
+from x2l.modalities.speech import interface
+from x2l.types import Features
+from x2l.vocabulary import Vocabulary
+
+LETTERS = "[ a-z']"
+LISTENER = {"width": 16, "num_heads": 2, "kernel": 3, "parts": 2}
+READER = {"ffn_width": 16, "num_heads": 2, "num_blocks": 1}
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> tuple[SoftWords, torch.Tensor, torch.Tensor, list[int]]:
+    """An adapter before training, the decoder's and the LLM's tables, and the tokens in question."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    ids = Vocabulary.of(tokenizer, LETTERS).token_ids
+    spoken, table = torch.randn(len(ids) + 1, 8), torch.randn(len(tokenizer), 12)
+    save_file({"embedding.weight": spoken}, tmp_path / "decoder.safetensors")
+    soft = SoftWords(8, 12, Words(LETTERS, str(tmp_path / "decoder.safetensors")))
+    soft.connect(lambda: table, tokenizer)
+    return soft, spoken, table, ids
+
+
+@torch.no_grad()
+def test_a_token_heard_for_certain_is_the_word_of_the_llm(started: Any) -> None:
+    soft, spoken, table, ids = started
+    heard = Features(100 * spoken[None, [3, 7, 5]], torch.tensor([3]))
+    x, lengths = soft(heard)
+    assert lengths.tolist() == [3]
+    torch.testing.assert_close(x[0], table[[ids[3], ids[7], ids[5]]])
+
+
+@torch.no_grad()
+def test_a_doubtful_one_is_the_mean_of_the_words_by_their_probability(started: Any) -> None:
+    soft, spoken, table, ids = started
+    x = torch.randn(1, 2, 8) / 10
+    expected = [
+        sum(p * table[i] for p, i in zip(((row @ spoken[:-1].T) / soft.words.temperature).exp().tolist(), ids, strict=True))
+        / ((row @ spoken[:-1].T) / soft.words.temperature).exp().sum()
+        for row in x[0]
+    ]
+    torch.testing.assert_close(soft(Features(x, torch.tensor([2]))).x[0], torch.stack(expected))
+
+
+def test_it_owns_the_linear_layer_alone_and_gradients_pass_through_the_words(started: Any) -> None:
+    soft, *_ = started
+    assert sorted(soft.state_dict()) == ["linear.bias", "linear.weight"]
+    x = torch.randn(1, 2, 8, requires_grad=True)
+    soft(Features(x, torch.tensor([2]))).x.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_table_of_other_tokens_is_refused(started: Any) -> None:
+    soft, *_ = started
+    soft.words.vocabulary = "[ a-c]"
+    with pytest.raises(ValueError, match=r"'\[ a-c\]' matches 4 tokens of this LLM and the C-Former is 8 wide"):
+        soft(Features(torch.zeros(1, 1, 8), torch.tensor([1])))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"reader": READER}, "reader and words go together"),
+        ({"words": {"vocabulary": LETTERS}}, "reader and words go together"),
+        ({"reader": READER, "words": {"vocabulary": LETTERS}, "depth": 2}, "no use for depth"),
+    ],
+)
+def test_half_an_interface_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        interface(8, 12, 0.1, LISTENER, **args)

@@ -1,0 +1,104 @@
+"""Speech in the LLM's own words: the tokens that stage 1 writes in, and an S-Adapter that starts from them.
+
+X-LLM's adapter is one linear layer, which must learn where tens of thousands of words lie in the LLM from a few thousand
+sentences. But stage 1 has taught a decoder which of the LLM's tokens each embedding is. Its posterior weighs the rows of the
+LLM's own table, and the LLM reads words from the first step on, doubtful ones as mixtures; the linear layer beside it starts at
+zero and learns the rest. Not in the paper. Shape letters: N utterances, U embeddings, C and D widths of C-Former and LLM, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from x2l.encoders import moonshine
+from x2l.types import Features
+from x2l.vocabulary import Vocabulary, spelled_rows
+from x2l.weights import resolve
+
+MOONSHINE = "moonshine"
+
+
+class Words:
+    """The tokens that stage 1 writes in, by two tables that are the decoder's and the LLM's own, made when the first speech comes.
+
+    Args:
+        vocabulary: pattern of the LLM's tokens, as in stage 1.
+        table: whose embeddings tell them apart: ``moonshine``, or a spec of the ``decoder.safetensors`` of a stage 1 that
+            trained its own.
+        temperature: of the posterior; sharper than the decoder's own, it keeps rare words whole.
+    """
+
+    def __init__(self, vocabulary: str, table: str = MOONSHINE, temperature: float = 0.1) -> None:
+        self.vocabulary, self.table, self.temperature = vocabulary, table, temperature
+
+    def connect(self, embeddings: Callable[[], Tensor], tokenizer: Any) -> None:
+        """Say whose words to use: the input embeddings of the LLM and its tokenizer."""
+        self._embeddings, self._tokenizer = embeddings, tokenizer
+
+    @cached_property
+    def _tokens(self) -> Vocabulary:
+        return Vocabulary.of(self._tokenizer, self.vocabulary)
+
+    @cached_property
+    def _spoken(self) -> Tensor:
+        if self.table != MOONSHINE:
+            return load_file(resolve(self.table))["embedding.weight"][:-1].float()  # the last one is where it starts
+        state, pieces = moonshine.decoder_weights()
+        return spelled_rows(state["model.decoder.embed_tokens.weight"], pieces, self._tokens.texts)
+
+    @cached_property
+    def _written(self) -> Tensor:
+        return self._embeddings()[self._tokens.token_ids].detach().float()
+
+    def posterior(self, x: Tensor) -> Tensor:
+        """What the decoder's last states (N, U, C) say: (N, U, V), float32.
+
+        Raises:
+            ValueError: ``table`` holds other tokens, or cannot be had.
+        """
+        if self._spoken.shape != (len(self._tokens.texts), x.shape[-1]):
+            raise ValueError(
+                f"soft words from {self.table}: embeddings {tuple(self._spoken.shape)}, but {self.vocabulary!r} matches "
+                f"{len(self._tokens.texts)} tokens of this LLM and the C-Former is {x.shape[-1]} wide"
+            )
+        return (x.float() @ self._spoken.to(x.device).T / self.temperature).softmax(-1)
+
+    def spoken(self, posterior: Tensor) -> Tensor:
+        """Mean embeddings of the decoder (N, U, C)."""
+        return posterior @ self._spoken.to(posterior.device)
+
+    def written(self, posterior: Tensor) -> Tensor:
+        """Mean embeddings of the LLM (N, U, D)."""
+        return posterior @ self._written.to(posterior.device)
+
+
+class SoftWords(nn.Module):
+    """(N, U, C) -> (N, U, D): the mean of the LLM's embeddings under the posterior of each token, plus a linear layer.
+
+    Args:
+        width, out_width: C and D.
+        words: shared with the `x2l.modalities.reader.Reader` before it.
+    """
+
+    def __init__(self, width: int, out_width: int, words: Words) -> None:
+        super().__init__()
+        self.words = words
+        self.linear = nn.Linear(width, out_width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def connect(self, embeddings: Callable[[], Tensor], tokenizer: Any) -> None:
+        """As `Words.connect`."""
+        self.words.connect(embeddings, tokenizer)
+
+    def forward(self, features: Features) -> Features:
+        """Lengths stay."""
+        with torch.autocast(features.x.device.type, enabled=False):
+            mean = self.words.written(self.words.posterior(features.x))
+        return Features(mean + self.linear(features.x), features.lengths)
