@@ -36,7 +36,7 @@ def test_an_override_of_an_alias_leaves_the_other_as_it_is() -> None:
         ("batch_size=many", "batch_size: .*'many'"),
         ("batch_size", "an override is key=value"),
         ("run.deeper=1", "'run' has no keys below it"),
-        ("only=[imag]", "no modality 'imag'; did you mean 'image'.*it has image, video, audio"),
+        ("only=[imag]", "no modality 'imag'; did you mean 'image'.*it has image, video, speech, audio"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, message: str) -> None:

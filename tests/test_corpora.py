@@ -120,3 +120,15 @@ def test_heard_sound_is_the_rows_own(tmp_path: Path, asked: list[int]) -> None:
     assert first.fields["provenance"][-1]["recogniser"] == "Ear"
     (tmp_path / "x.flac").write_bytes(first.media["flac"])
     assert soundfile.info(tmp_path / "x.flac").frames == 1600
+
+
+def test_one_split_alone_and_one_that_is_not_there(tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("x2l.data.transforms.speak.synthesizer", lambda engine: Hum())
+    make_photos(tmp_path / "root" / "photos-0000.tar")
+    (tmp_path / "mini.yaml").write_text(RECIPE)
+    make = ["make", tmp_path / "mini.yaml", "--data-root", tmp_path / "root", "--out", tmp_path / "vsd", "--per-voice", 0]
+    x2l(*make, "--split", "test")
+    assert {path.name.split("-")[0] for path in (tmp_path / "vsd").glob("*.tar")} == {"test"}
+    assert "--split test" in (tmp_path / "vsd" / "README.md").read_text()
+    with pytest.raises(ValueError, match="no split 'dev': this recipe has "):
+        x2l(*make, "--split", "dev")

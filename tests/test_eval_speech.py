@@ -68,7 +68,7 @@ def test_counting_against_the_tokens(shard: str) -> None:
 
 
 def test_unknown_peers_and_empty_tables_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown peer 'siri': use moonshine, or whisper=FOLDER"):
+    with pytest.raises(ValueError, match="unknown peer 'siri': use moonshine, whisper or whisper=FOLDER"):
         asr.systems(None, None, ["siri"], [], {})
     with pytest.raises(ValueError, match="give --model, --cif or --peer"):
         asr.systems(None, None, [], [], {})

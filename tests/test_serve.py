@@ -29,6 +29,7 @@ from serving import KEY, Running, check_error, data_url, image_part, rss, runnin
 from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
+from x2l.data.tasks import dictated
 from x2l.serve.intake import EngineConfig
 from x2l.serve.limits import Limits
 from x2l.serve.server import read_keys, run
@@ -109,7 +110,8 @@ def test_sound_and_video(llm_folder: Path) -> None:
         assert counts[0].audio_tokens == counts[1].audio_tokens > 0
         assert counts[2].model_dump()["video_tokens"] == 3 * 4
         said = client.audio.transcriptions.create(model="x2l", file=("a.wav", heard), temperature=0)
-        expected = "".join(model.stream([user(Part("speech", bytes=heard), "Transcribe the speech.")], 30)).strip()
+        asked = dictated(Part("speech", bytes=heard), "Repeat this sentence word for word.")
+        expected = "".join(model.stream([asked], 30)).strip()
         assert said.text == expected
         with pytest.raises(openai.BadRequestError, match="not a readable sound"):
             client.audio.transcriptions.create(model="x2l", file=("a.wav", b"noise"))

@@ -116,3 +116,16 @@ def test_the_command_answers_a_recording(llm_folder: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     assert result.output.strip()
     assert "cannot read speech file" in str(CliRunner().invoke(app, [*command, "nowhere.wav"]).exception)
+
+
+def test_what_is_written_down_is_no_longer_than_its_speech_allows(model: Assistant) -> None:
+    """Each answer is the beginning of the free one, by the seconds of its own recording, whatever is in the batch."""
+    samples = [Sample(str(s), (user("Go", Part("speech", bytes=sound(s, i))),)) for i, s in enumerate((0.1, 1.0, 2.0))]
+    free = model.generate_text(samples, max_new_tokens=12)
+    held = model.generate_text(samples, max_new_tokens=12, tokens_a_second=4.0)
+    for sample, long, short, limit in zip(samples, free, held, (1, 4, 8), strict=True):
+        assert long.startswith(short)
+        assert short == model.generate_text([sample], max_new_tokens=limit)[0]
+    assert len({len(text) for text in held}) > 1
+    with pytest.raises(ValueError, match="one max_new_tokens for all rows"):
+        model.generate_text(samples, num_beams=2, tokens_a_second=4.0)

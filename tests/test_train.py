@@ -194,3 +194,14 @@ def test_sigterm_saves_the_last_finished_step(recipe: Path, tmp_path: Path) -> N
     assert process.wait(60) == 143
     newest = checkpoint.complete(tmp_path / "run" / "checkpoints")[0]
     assert checkpoint.load(newest)[1]["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_what_it_started_from_can_be_half_of_what_is_exported(recipe: Path, tmp_path: Path) -> None:
+    """The mean of the weights before and after, whether the run was resumed or not."""
+    before, half, after = (
+        load_file(train.train(config(recipe, run=str(tmp_path / str(share)), keep_start=share)) / "image.safetensors")
+        for share in (1.0, 0.5, 0.0)
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    for name in after:
+        torch.testing.assert_close(half[name].float(), (before[name].float() + after[name].float()) / 2, atol=2e-3, rtol=2e-3)

@@ -9,7 +9,8 @@ from typing import Any
 from x2l.build import Built, build
 from x2l.checkpoint import sha256
 from x2l.config import digest, load_model_config
-from x2l.data.collate import Collator
+from x2l.data.collate import Collator, raw
+from x2l.data.media import SAMPLE_RATE
 from x2l.types import Message, Sample
 from x2l.weights import resolve
 
@@ -55,11 +56,24 @@ class Assistant:
                 sent = text
         yield self.decode(ids)[len(sent) :]
 
-    def generate_text(self, samples: Sequence[Sample], max_new_tokens: int = 128, **decode: Any) -> list[str]:
-        """One whole answer for each sample's messages, as a batch; ``decode`` as in `XLLM.generate`."""
+    def generate_text(
+        self, samples: Sequence[Sample], max_new_tokens: int = 128, tokens_a_second: float | None = None, **decode: Any
+    ) -> list[str]:
+        """One whole answer for each sample's messages, as a batch.
+
+        Args:
+            tokens_a_second: of the speech in a sample; what is written down has no more, against endless repetition.
+            decode: as in `XLLM.generate`.
+        """
+        limits: int | list[int] = max_new_tokens
+        if tokens_a_second is not None:
+            limits = [min(max_new_tokens, max(1, int(self._seconds(sample) * tokens_a_second))) for sample in samples]
         batch = self.collator.prompt([sample.messages for sample in samples])
-        answers = self.model.generate(batch, max_new_tokens, eos=self.eos, pad=self.renderer.eos, **decode)
+        answers = self.model.generate(batch, limits, eos=self.eos, pad=self.renderer.eos, **decode)
         return [self.decode(ids).strip() for ids in answers]
+
+    def _seconds(self, sample: Sample) -> float:
+        return sum(len(self.collator.decode("speech", raw(part))) for part in sample.media if part.type == "speech") / SAMPLE_RATE
 
     def render(self, sample: Sample) -> str:
         """The prompt as the model reads it, each media item as ``<type>``."""

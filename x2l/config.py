@@ -109,6 +109,7 @@ class TrainConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     ema: float = 0.0  # decay of a moving average of the trained weights, which is then what is validated and exported
+    keep_start: float = Field(default=0.0, ge=0, le=1)  # share of the weights that the stage started from in those exported
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
     views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored, cropped, faster, in noise, ...

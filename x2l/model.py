@@ -85,7 +85,7 @@ class XLLM(nn.Module):
     def stream(
         self,
         batch: Batch,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         eos: Sequence[int] = (),
@@ -93,7 +93,8 @@ class XLLM(nn.Module):
     ) -> Iterator[list[int | None]]:
         """Yield one token id a row and step, None for rows that have ended; greedy when ``temperature`` is 0.
 
-        Rows may mix text alone and any media, and have any lengths: they are padded on the left.
+        Rows may mix text alone and any media, and have any lengths: they are padded on the left. ``max_new_tokens`` is one for
+        all, or one a row.
 
         Raises:
             ValueError: prompt and answer do not fit the context, or temperature or top_p is out of range.
@@ -101,16 +102,17 @@ class XLLM(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
         spliced = self.embed(batch, pad_left=True)
-        check_context(self.llm, spliced.embeds.shape[1], max_new_tokens)
+        limits = torch.as_tensor(max_new_tokens, device=self.device)
+        check_context(self.llm, spliced.embeds.shape[1], int(limits.max()))
         mask = (spliced.reach > 0).long()
         step: dict[str, Any] = {"inputs_embeds": spliced.embeds}
         cache, done = cache_name(self.llm), torch.zeros(len(mask), dtype=torch.bool, device=self.device)
         stops = torch.tensor([*eos], device=self.device)
-        for _ in range(max_new_tokens):
+        for num in range(int(limits.max())):
             at = (mask.cumsum(1) - 1).clamp_min(0)[:, -step[next(iter(step))].shape[1] :]
             out = self.llm(**step, attention_mask=mask, position_ids=at, use_cache=True, logits_to_keep=1)
             token = sample(out.logits[:, -1], temperature, top_p, generator)
-            done |= torch.isin(token, stops)
+            done |= torch.isin(token, stops) | (num >= limits)
             yield [None if stop else int(t) for t, stop in zip(token, done, strict=True)]
             if bool(done.all()):
                 return
@@ -121,7 +123,7 @@ class XLLM(nn.Module):
     def generate(
         self,
         batch: Batch,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         num_beams: int = 1,
         eos: Sequence[int] = (),
         pad: int = 0,
@@ -136,6 +138,8 @@ class XLLM(nn.Module):
             return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
         if sampling:
             raise ValueError(f"beam search takes no {sorted(sampling)}; use num_beams=1")
+        if not isinstance(max_new_tokens, int):
+            raise ValueError("beam search takes one max_new_tokens for all rows; use num_beams=1")
         spliced = self.embed(batch, pad_left=True)
         check_context(self.llm, spliced.embeds.shape[1], max_new_tokens)
         mask = (spliced.reach > 0).long()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -67,6 +67,7 @@ def train(cfg: TrainConfig) -> Path:
         total = cfg.steps or math.ceil((cfg.epochs or 1) * len(feed) / cfg.accumulate)
         identity = digest(cfg, exclude=NOT_IDENTITY)
         average = Average(model, cfg.ema) if cfg.ema else None
+        start = {name: parameter.detach().clone() for name, parameter in trained(model).items()} if cfg.keep_start else {}
         first = resume(run, model, optimizer, identity, average)
         fill_cache(stage, [feed, *([val] if val else [])])
         (run / "config.json").write_text(cfg.model_dump_json(indent=1))
@@ -136,7 +137,7 @@ def train(cfg: TrainConfig) -> Path:
         if checkpoint.frozen_digest(model) != frozen:
             raise TrainError("a frozen parameter or buffer changed during training; nothing is exported")
         with average.applied() if average else contextlib.nullcontext():
-            return export(run, stage, cfg, total, frozen)
+            return export(run, stage, cfg, total, frozen, start)
 
 
 def give_back_memory() -> None:
@@ -248,9 +249,17 @@ def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identi
     return int(state["step"])
 
 
-def export(run: Path, stage: Stage, cfg: TrainConfig, step: int, frozen: str) -> Path:
-    """Write what the stage hands on, in float16, one safetensors file a part, each with its history in the metadata."""
+def export(run: Path, stage: Stage, cfg: TrainConfig, step: int, frozen: str, start: dict[str, Tensor]) -> Path:
+    """Write what the stage hands on, in float16, one safetensors file a part, each with its history in the metadata.
+
+    The mean of a model before and after fine-tuning keeps more of what it could before (Wortsman et al., arXiv 2109.01903):
+    ``keep_start`` of ``start`` goes in.
+    """
     folder = run / "final"
+    with torch.no_grad():
+        for name, parameter in trained(stage.model).items():
+            if name in start:
+                parameter.lerp_(start[name], cfg.keep_start)
     history = {
         "recipe": json.loads(cfg.model_dump_json(exclude={"run", "data_root"})),
         "steps": step,

@@ -13,6 +13,7 @@ def make(
     data_root: Annotated[Path, typer.Option(help="what the recipe's paths are relative to")],
     out: Annotated[Path, typer.Option(help="folder for the shards and the card")],
     photos: Annotated[Optional[int], typer.Option(help="vsdial: photos read of each split; all by default")] = None,  # noqa: UP045
+    split: Annotated[Optional[list[str]], typer.Option(help="vsdial: make this split alone; may be repeated")] = None,  # noqa: UP045
     max_samples: Annotated[Optional[int], typer.Option(help="vsdial: samples of each split and language")] = None,  # noqa: UP045
     vsdial: Annotated[Optional[Path], typer.Option(help="instruct: the folder of a VSDial set")] = None,  # noqa: UP045
     per_voice: Annotated[int, typer.Option(help="vsdial: utterances of each voice that a recogniser hears; 0 for none")] = 20,
@@ -27,13 +28,15 @@ def make(
 
     recipe, heard = load(name), list[Heard]()
     if isinstance(recipe, VSDialRecipe):
+        recipe = recipe.only(split or [*recipe.splits])
         lines = make_vsdial(recipe, data_root, out, photos, workers, max_samples)
         spoken = read_source(str(out / "work" / "spoken-*.tar"))
         heard = listen(spoken, out / "work", per_voice) if per_voice else []
     else:
         lines = make_instruct(recipe, data_root, out, vsdial)
     given = [("photos", photos), ("max-samples", max_samples)]
-    command = " ".join([f"x2l data make {name}", *(f"--{option} {value}" for option, value in given if value is not None)])
+    options = [*(f"--split {each}" for each in split or []), *(f"--{key} {value}" for key, value in given if value is not None)]
+    command = " ".join([f"x2l data make {name}", *options])
     typer.echo(write_card(out, Path(name).stem, command, lines, heard))
 
 

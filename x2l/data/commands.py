@@ -100,7 +100,7 @@ def view(spec: Spec, out: Annotated[Path, typer.Option(help="the page")] = Path(
 def questions(
     out: Annotated[Path, typer.Argument(help="folder for the shards")],
     num: Annotated[int, typer.Option(help="spoken questions for training")] = 900,
-    num_answered: Annotated[int, typer.Option(help="so many of them also with the LLM's answer to the typed question")] = 300,
+    num_answered: Annotated[int, typer.Option(help="so many of them also with the LLM's answer to the typed question")] = 900,
     model: Annotated[str, typer.Option("--model", "-m", help="model recipe whose LLM answers")] = "tiny",
     batch_size: int = 30,
 ) -> None:

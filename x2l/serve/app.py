@@ -21,6 +21,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from x2l.data.media import MediaError
+from x2l.data.prompts import instructions
+from x2l.data.tasks import dictated
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError
 from x2l.serve.chat import completion, events, pieces, run_or_leave, submit
 from x2l.serve.decoders import DecoderPool
@@ -33,14 +35,14 @@ from x2l.serve.metrics import Metrics
 from x2l.serve.schema import AnswerRequest, ChatRequest, ChatResponse, ErrorOut, ModelList, ModelOut, Transcription
 from x2l.serve.voice_routes import PATH as VOICE
 from x2l.serve.voice_routes import add_voice
-from x2l.types import Message, Part, user
+from x2l.types import Message, Part
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 }
-TRANSCRIBE = "Transcribe the speech."
+TRANSCRIBE = instructions("asr", "en")[0]
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def _add_chat(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], config: S
         blob = await file.read(limits.max_file_bytes + 1)
         if not 0 < len(blob) <= limits.max_file_bytes:
             raise ApiError(400, f"the file has {len(blob)} bytes; 1 to {limits.max_file_bytes} are accepted", "file")
-        spoken = [user(Part("speech", bytes=blob), TRANSCRIBE)]
+        spoken = [dictated(Part("speech", bytes=blob), TRANSCRIBE)]
         try:
             _, text = await run_or_leave(request, whole(request, engine, spoken, Decode(temperature=temperature)))
         except ConnectionError:
