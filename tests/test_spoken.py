@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from x2l.data import spoken
 from x2l.data.media import decode_audio
 from x2l.data.prompts import instructions
 from x2l.data.tasks import TASKS
+from x2l.types import Part, Sample
+from x2l.vocabulary import spoken_form
 
 
 def test_questions_differ_and_follow_from_the_seed() -> None:
@@ -61,3 +66,20 @@ def test_records_are_spoken_and_answered() -> None:
     assert heard.messages[-1].text == "Is it you?"
     (plain,) = spoken.spoken_questions(["Why?"], ("awb",))
     assert "messages" not in plain.fields
+
+
+@pytest.mark.network
+def test_the_default_model_hears_a_voice_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    """The demo's question, written down; of silence it says something else."""
+    from x2l.assistant import Assistant
+    from x2l.data.tasks import dictated
+    from x2l.weights import resolve
+
+    soundfile.write(tmp_path / "silence.wav", np.zeros(24_000), 16_000)
+    asked = [
+        Sample(str(path), (dictated(Part("speech", path=str(path)), "Repeat this sentence word for word."),))
+        for path in (resolve("x2l:demo/question.flac"), tmp_path / "silence.wav")
+    ]
+    question, silence = Assistant.load("tiny").generate_text(asked, max_new_tokens=24)
+    assert spoken_form(question) == "why is the sky blue"
+    assert spoken_form(silence) != spoken_form(question)
