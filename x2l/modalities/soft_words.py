@@ -67,15 +67,16 @@ class Words:
                 f"soft words from {self.table}: embeddings {tuple(self._spoken.shape)}, but {self.vocabulary!r} matches "
                 f"{len(self._tokens.texts)} tokens of this LLM and the C-Former is {x.shape[-1]} wide"
             )
-        return (x.float() @ self._spoken.to(x.device).T / self.temperature).softmax(-1)
+        self._spoken, self._written = self._spoken.to(x.device), self._written.to(x.device)  # moved once
+        return (x.float() @ self._spoken.T / self.temperature).softmax(-1)
 
     def spoken(self, posterior: Tensor) -> Tensor:
         """Mean embeddings of the decoder (N, U, C)."""
-        return posterior @ self._spoken.to(posterior.device)
+        return posterior @ self._spoken
 
     def written(self, posterior: Tensor) -> Tensor:
         """Mean embeddings of the LLM (N, U, D)."""
-        return posterior @ self._written.to(posterior.device)
+        return posterior @ self._written
 
 
 class SoftWords(nn.Module):
