@@ -265,18 +265,29 @@ def test_vsdial_and_instruction_set(hum: None, tmp_path: Path) -> None:
     assert [part.type for part in sample.messages[0].content] == ["image", "speech"]
     assert not validate(str(tmp_path / "vsd" / "train-*.tar"), progress=False).issues.reasons
     spoken_set = read_source(str(tmp_path / "vsd" / "train-*.tar"))
-    parts = [Part("image-text", source, "en", 7), Part("image-text", source, "zh", 5), Part("image-text-speech", spoken_set, "zh")]
+    asked_aloud = [Part(kind, spoken_set, "zh") for kind in ("image-text-speech", "image-speech-text")]
+    parts = [Part("image-text", source, "en", 7), Part("image-text", source, "zh", 5), *asked_aloud]
     shards = build_instruct(parts, tmp_path / "set")
     rows = list(read_source([str(path) for path in shards]))
     num = sum(row.fields["lang"] == "zh" for row in found["train"])
     assert Counter((row.fields["kind"], row.fields["lang"]) for row in rows) == {
-        ("image-text", "en"): 7, ("image-text", "zh"): 5, ("image-text-speech", "zh"): num
+        ("image-text", "en"): 7, ("image-text", "zh"): 5, ("image-text-speech", "zh"): num, ("image-speech-text", "zh"): num
     }  # fmt: skip
+    typed: list[bool] = []
     for row in rows:
         (sample,) = messages_task(row, random.Random(0))
-        pool = {"image-text": "caption", "image-text-speech": "spoken_question"}[row.fields["kind"]]
-        assert ("text" in row.fields) == (pool == "spoken_question"), "what is asked aloud is written down"
-        assert sample.messages[0].content[-1].text in instructions(pool, row.fields["lang"])
+        pool = {"image-text": "caption", "image-text-speech": "spoken_question", "image-speech-text": "asr"}[row.fields["kind"]]
+        assert ("text" in row.fields) == (pool != "caption"), "what is asked aloud is written down"
+        texts = [part.text for part in sample.messages[0].content if part.type == "text"]
+        assert all(str(text).strip() in instructions(pool, row.fields["lang"]) for text in texts)
+        if pool == "spoken_question":
+            typed.append(bool(texts))
+        elif pool == "asr":
+            assert [part.type for part in sample.messages[0].content] == ["image", "text", "speech"]
+            assert sample.messages[1].text == row.fields["text"]
+        else:
+            assert texts
+    assert len(set(typed)) == 2, "some speak for themselves, some come with typed words"
     assert not validate([str(path) for path in shards], progress=False).issues.reasons
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
@@ -190,6 +191,71 @@ def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"w\.pth"):
         ENCODERS["efficientnet_lite0"](weights=str(tmp_path / "w.pth"), sha256=None)
     assert not marker.exists()
+
+
+# ---------------------------------------------------------------- ResNet-50
+
+
+def keras_resnet50(seed: int) -> dict[str, torch.Tensor]:
+    """Random weights under Keras' names, in the order of its file."""
+    layers: dict[str, tuple[int, ...]] = {"conv1": (7, 7, 3, 64)}
+    width = 64
+    for stage, (depth, inner) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)):
+        for block in "abcdef"[:depth]:
+            name = f"res{stage + 2}{block}_branch"
+            layers |= {f"{name}2a": (1, 1, width, inner), f"{name}2b": (3, 3, inner, inner), f"{name}2c": (1, 1, inner, 4 * inner)}
+            if block == "a":
+                layers[f"{name}1"] = (1, 1, width, 4 * inner)
+            width = 4 * inner
+    rng = torch.Generator().manual_seed(seed)
+    weights = {"fc1000/kernel": torch.zeros(2048, 1000), "fc1000/bias": torch.zeros(1000)}
+    for name, shape in layers.items():
+        out, norm = shape[-1], "bn_conv1" if name == "conv1" else name.replace("res", "bn")
+        weights[f"{name}/kernel"] = torch.randn(shape, generator=rng) * (2 / (shape[0] * shape[1] * shape[2])) ** 0.5
+        weights[f"{name}/bias"] = torch.randn(out, generator=rng) * 0.1
+        for field in ("gamma", "beta", "moving_mean", "moving_variance"):
+            weights[f"{norm}/{field}"] = torch.rand(out, generator=rng) * 0.2 + (0.1 if field in ("beta", "moving_mean") else 0.9)
+    order = ("gamma", "beta", "moving_mean", "moving_variance", "kernel", "bias")
+    return {key: weights[key] for key in sorted(weights, key=lambda k: (k.split("/")[0], order.index(k.split("/")[1])))}
+
+
+def keras_forward(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """ResNet-50 by its layers' names, as Keras runs it."""
+
+    def conv(x: torch.Tensor, name: str, stride: int = 1, padding: int = 0) -> torch.Tensor:
+        norm = "bn_conv1" if name == "conv1" else name.replace("res", "bn")
+        gamma, beta, mean, var = (w[f"{norm}/{field}"] for field in ("gamma", "beta", "moving_mean", "moving_variance"))
+        y = F.conv2d(x, w[f"{name}/kernel"].permute(3, 2, 0, 1), w[f"{name}/bias"], stride, padding)
+        return F.batch_norm(y, mean, var, gamma, beta, eps=1e-3)
+
+    x = F.max_pool2d(F.pad(conv(x, "conv1", 2, 3).relu(), (1, 1, 1, 1)), 3, 2)
+    for stage, depth in enumerate((3, 4, 6, 3), 2):
+        for block in "abcdef"[:depth]:
+            name, stride = f"res{stage}{block}_branch", 2 if block == "a" and stage > 2 else 1
+            y = conv(conv(x, f"{name}2a", stride).relu(), f"{name}2b", padding=1).relu()
+            x = (conv(y, f"{name}2c") + (conv(x, f"{name}1", stride) if block == "a" else x)).relu()
+    return x
+
+
+def test_resnet_is_the_network_that_keras_names_describe(tmp_path: Path, photos) -> None:
+    weights = keras_resnet50(seed=0)
+    torch.cat([tensor.flatten() for tensor in weights.values()]).numpy().tofile(tmp_path / "w.bin")
+    encoder, process = ENCODERS["resnet50"](weights=str(tmp_path / "w.bin"), sha256=None)
+    pixels = np.asarray(photos[0].resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float32)
+    by_hand = torch.from_numpy(pixels[..., ::-1] - np.array([103.939, 116.779, 123.68], np.float32)).permute(2, 0, 1)
+    inputs = process(photos)
+    torch.testing.assert_close(inputs["pixel_values"][0], by_hand, atol=1e-3, rtol=0)
+    with torch.inference_mode():
+        features = encoder.eval()(**inputs)
+        grid = keras_forward(weights, inputs["pixel_values"])
+    assert features.x.shape == (2, 49, 2048)
+    torch.testing.assert_close(features.x[1, 2 * 7 + 3], grid[1, :, 2, 3], rtol=1e-3, atol=1e-3 * float(grid.std()))
+
+
+def test_other_weights_are_no_resnet(tmp_path: Path) -> None:
+    np.zeros(7, np.float32).tofile(tmp_path / "w.bin")
+    with pytest.raises(ValueError, match=r"w\.bin: is no ResNet-50, it holds 7 numbers, not 25,"):
+        ENCODERS["resnet50"](weights=str(tmp_path / "w.bin"), sha256=None)
 
 
 # ---------------------------------------------------------------- ONNX

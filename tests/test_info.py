@@ -233,10 +233,11 @@ def test_interface_operations(layer: nn.Module) -> None:
     assert told.flops == pytest.approx(counted(lambda: layer(item)), rel=0.01)
 
 
-def test_video_operations() -> None:
+@pytest.mark.parametrize("mean_frames", [False, True])
+def test_video_operations(mean_frames: bool) -> None:
     """Frames are pictures: the encoder and the Q-Former run once for each."""
     encoder = Frames(sketch_vision({"model_type": "clip_vision_model", **SMALL}))
-    former = FrameQFormer(32, width=32, depth=2, heads=4, num_queries=6).eval()
+    former = FrameQFormer(32, mean_frames=mean_frames, width=32, depth=2, heads=4, num_queries=6).eval()
     told = flops.encoder(encoder, flops.Item(0.0, 5), dict)
     assert told is not None
     pixels = torch.zeros(5, 3, 32, 32, device="meta")

@@ -19,6 +19,8 @@ from x2l.build import build
 from x2l.chat import Chat
 from x2l.cli import app
 from x2l.config import ModelConfig
+from x2l.data.media import decode_audio
+from x2l.recognizer import in_pieces
 from x2l.types import Part, Sample, user
 
 ENCODER = {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
@@ -129,3 +131,17 @@ def test_what_is_written_down_is_no_longer_than_its_speech_allows(model: Assista
     assert len({len(text) for text in held}) > 1
     with pytest.raises(ValueError, match="one max_new_tokens for all rows"):
         model.generate_text(samples, num_beams=2, tokens_a_second=4.0)
+
+
+def test_a_long_recording_is_written_down_in_pieces(model: Assistant) -> None:
+    """Each piece is answered as if it were alone; what is short enough stays as it is, and a cut loses no sample."""
+    long, short = sound(2.5, 1), sound(1.0, 2)
+    samples = [Sample(str(i), (user("Go", Part("speech", bytes=blob)),)) for i, blob in enumerate((long, short))]
+    wave = decode_audio(long)
+    cut = [blob for blob, _ in in_pieces(wave, 1.0)]
+    np.testing.assert_array_equal(np.concatenate([decode_audio(blob) for blob in cut]), wave)
+    assert len(cut) >= 3
+    assert all(len(decode_audio(blob)) <= 16_000 for blob in cut)
+    alone = model.generate_text([Sample("", (user("Go", Part("speech", bytes=blob)),)) for blob in cut], max_new_tokens=5)
+    together = model.generate_text(samples, max_new_tokens=5, piece_seconds=1.0)
+    assert together == [" ".join(alone), *model.generate_text(samples[1:], max_new_tokens=5)]

@@ -134,13 +134,16 @@ def shrunk(name: str, llm: Path, root: Path, folder: Path, **changes: Any) -> Pa
     return path
 
 
+LAST = {"image": "stage2_image_scored", "video": "stage2_video", "speech": "stage2_speech"}  # what stage 3 starts from
+
+
 def untrained(llm: Path, folder: Path, *names: str) -> None:
     """Random interfaces, where stage 3 looks for those of the stages 2."""
     model = {"llm": {"spec": str(llm)}, "modalities": {name: small(name, llm) for name in names}}
     torch.manual_seed(0)
     built = build(ModelConfig.model_validate(model))
     for name in names:
-        path = folder / f"stage2_{name}" / "final" / f"{name}.safetensors"
+        path = folder / LAST[name] / "final" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         state = built.model.modalities[name].get_submodule("interface").state_dict()
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
@@ -170,7 +173,7 @@ def test_stage_3_changes_adapters_alone(llm_folder: Path, root: Path, tmp_path: 
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == {f"modalities.{name}.interface.{key}" for name, key in expected}
     for name in adapters:
-        old = load_file(tmp_path / f"stage2_{name}" / "final" / f"{name}.safetensors")
+        old = load_file(tmp_path / LAST[name] / "final" / f"{name}.safetensors")
         new = load_file(folder / f"{name}.safetensors")
         assert {(name, key) for key in old if not torch.equal(old[key].half(), new[key])} == {e for e in expected if e[0] == name}
     rows = [json.loads(line) for line in (tmp_path / "stage3" / "metrics.jsonl").read_text().splitlines()]
@@ -249,7 +252,7 @@ def test_the_whole_chain_and_the_model_that_it_ends_in(
     first = tmp_path / "stage2_image" / "final" / "image.safetensors"
     state = load_file(first)
     save_file({name: tensor + 1 for name, tensor in state.items()}, first)
-    with pytest.raises(TrainError, match="stage2_video was begun with another starts_from"):
+    with pytest.raises(TrainError, match="stage2_image_scored was begun with another starts_from"):
         chain.train_recipe(str(tmp_path / "all.yaml"))
 
 
@@ -267,7 +270,7 @@ def test_the_shipped_chain_starts_from_nothing_and_is_one_model() -> None:
     assert sorted(recipe["modalities"]) == ["audio", "image", "speech", "video"]
 
 
-@pytest.mark.parametrize("at", ["stage2_image", "stage3"])
+@pytest.mark.parametrize("at", ["stage2_image_scored", "stage3"])
 def test_a_chain_that_is_killed_goes_on(at: str, llm_folder: Path, root: Path, tmp_path: Path) -> None:
     """kill -9 in a stage, and the same command again: the weights are those of a chain that nobody killed."""
     untrained(llm_folder, tmp_path, "video", "speech")
@@ -275,7 +278,7 @@ def test_a_chain_that_is_killed_goes_on(at: str, llm_folder: Path, root: Path, t
     for name in ("straight", "killed"):
         folder = tmp_path / name
         untrained(llm_folder, folder, "video", "speech")
-        stages = [shrunk("tiny/stage2_image", llm_folder, root, folder, init={}, save_every=2, val=[], steps=6),
+        stages = [shrunk("tiny/stage2_image_scored", llm_folder, root, folder, init={}, save_every=2, val=[], steps=6),
                   shrunk("tiny/stage3", llm_folder, root, folder, save_every=2, steps=6)]  # fmt: skip
         (folder / "all.yaml").write_text(yaml.safe_dump({"stages": [str(path) for path in stages], "run": str(folder / "all")}))
         if name == "killed":

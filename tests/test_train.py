@@ -73,7 +73,7 @@ def test_the_loss_falls_and_the_export_says_where_it_comes_from(recipe: Path, tm
 
 @pytest.mark.parametrize(("stop_at", "ema"), [(1, 0.0), (3, 0.0), (4, 0.0), (3, 0.9)])
 def test_resumed_equals_uninterrupted_bit_for_bit(recipe: Path, tmp_path: Path, stop_at: int, ema: float, monkeypatch: Any) -> None:
-    straight = train.train(config(recipe, run=str(tmp_path / "straight"), ema=ema, keep_start=ema / 2))
+    straight = train.train(config(recipe, run=str(tmp_path / "straight"), ema=ema, keep_start={"*": ema / 2} if ema else {}))
     real, calls = train.forward, []
 
     def crash(*args: Any) -> Any:
@@ -84,9 +84,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(recipe: Path, tmp_path: Path, 
 
     monkeypatch.setattr(train, "forward", crash)
     with pytest.raises(KeyboardInterrupt):
-        train.train(config(recipe, run=str(tmp_path / "broken"), ema=ema, keep_start=ema / 2, val_every=100))
+        train.train(config(recipe, run=str(tmp_path / "broken"), ema=ema, keep_start={"*": ema / 2} if ema else {}, val_every=100))
     monkeypatch.setattr(train, "forward", real)
-    resumed = train.train(config(recipe, run=str(tmp_path / "broken"), ema=ema, keep_start=ema / 2))
+    resumed = train.train(config(recipe, run=str(tmp_path / "broken"), ema=ema, keep_start={"*": ema / 2} if ema else {}))
     a, b = load_file(straight / "image.safetensors"), load_file(resumed / "image.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     drop = ("val_loss",)
@@ -199,9 +199,13 @@ def test_sigterm_saves_the_last_finished_step(recipe: Path, tmp_path: Path) -> N
 def test_what_it_started_from_can_be_half_of_what_is_exported(recipe: Path, tmp_path: Path) -> None:
     """The mean of the weights before and after; a resumed run knows where it began, see above."""
     before, half, after = (
-        load_file(train.train(config(recipe, run=str(tmp_path / str(share)), keep_start=share)) / "image.safetensors")
+        load_file(train.train(config(recipe, run=str(tmp_path / str(share)), keep_start={"*image*": share})) / "image.safetensors")
         for share in (1.0, 0.5, 0.0)
     )
     assert any(not torch.equal(before[name], after[name]) for name in after)
     for name in after:
         torch.testing.assert_close(half[name].float(), (before[name].float() + after[name].float()) / 2, atol=2e-3, rtol=2e-3)
+    with pytest.raises(
+        ValueError, match=r"keep_start: 'modalities\.sound\.\*' matches none of the trained parameters, such as modal"
+    ):
+        train.train(config(recipe, run=str(tmp_path / "none"), keep_start={"modalities.sound.*": 0.5}))

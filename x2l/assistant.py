@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -10,8 +11,9 @@ from x2l.build import Built, build
 from x2l.checkpoint import sha256
 from x2l.config import digest, load_model_config
 from x2l.data.collate import Collator, raw
-from x2l.data.media import SAMPLE_RATE
-from x2l.types import Message, Sample
+from x2l.data.media import SAMPLE_RATE, decode_audio
+from x2l.recognizer import in_pieces
+from x2l.types import Message, Part, Sample
 from x2l.weights import resolve
 
 
@@ -57,14 +59,25 @@ class Assistant:
         yield self.decode(ids)[len(sent) :]
 
     def generate_text(
-        self, samples: Sequence[Sample], max_new_tokens: int = 128, tokens_a_second: float | None = None, **decode: Any
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int = 128,
+        tokens_a_second: float | None = None,
+        piece_seconds: float | None = None,
+        **decode: Any,
     ) -> list[str]:
         """One whole answer for each sample's messages, as a batch.
 
         Args:
             tokens_a_second: of the speech in a sample; what is written down has no more, against endless repetition.
+            piece_seconds: a longer recording is cut into pieces, each is answered alone, and the answers are joined; for what
+                is written down, of samples with one recording.
             decode: as in `XLLM.generate`.
         """
+        if piece_seconds is not None:
+            cut = [_cut_up(sample, piece_seconds) for sample in samples]
+            written = iter(self.generate_text([piece for each in cut for piece in each], max_new_tokens, tokens_a_second, **decode))
+            return [" ".join(next(written) for _ in each) for each in cut]
         limits: int | list[int] = max_new_tokens
         if tokens_a_second is not None:
             limits = [min(max_new_tokens, max(1, int(self._seconds(sample) * tokens_a_second))) for sample in samples]
@@ -105,3 +118,17 @@ class Assistant:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _cut_up(sample: Sample, seconds: float) -> list[Sample]:
+    (speech,) = (part for part in sample.media if part.type == "speech")
+    wave = decode_audio(raw(speech))
+    if len(wave) <= seconds * SAMPLE_RATE:
+        return [sample]
+
+    def with_piece(blob: bytes) -> Sample:
+        part = Part("speech", bytes=blob)
+        messages = (replace(m, content=tuple(part if each is speech else each for each in m.content)) for m in sample.messages)
+        return replace(sample, messages=tuple(messages))
+
+    return [with_piece(blob) for blob, _ in in_pieces(wave, seconds)]

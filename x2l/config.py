@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -87,10 +87,13 @@ class Schedule(Strict):
     final: float = 0.0
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class TrainConfig(Strict):
     """A stage: a model, data, and the globs of what is trained, each with its peak learning rate."""
 
-    stage: Literal["xllm", "words", "match", "blip2", "asr"] = "xllm"
+    stage: Literal["xllm", "self_critical", "words", "match", "blip2", "asr"] = "xllm"
     model: ModelConfig
     stage_args: dict[str, Any] = Field(default_factory=dict)  # flat arguments of the stage
     fresh: list[str] = Field(default_factory=list)  # modalities that start untrained although the model names weights
@@ -109,7 +112,7 @@ class TrainConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     ema: float = 0.0  # decay of a moving average of the trained weights, which is then what is validated and exported
-    keep_start: float = Field(default=0.0, ge=0, le=1)  # share of the weights that the stage started from in those exported
+    keep_start: dict[str, Share] = Field(default_factory=dict)  # glob -> share of the weights at the start in those exported
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 0  # batches of media of similar size, sorted within so many batches (data/feed.py)
     views: int = 1  # cached copies of each item (data/views.py): 1 = as it is, more = mirrored, cropped, faster, in noise, ...

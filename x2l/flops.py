@@ -144,7 +144,7 @@ def qformer(former: QFormer, length: int, item: Item) -> Load:
 def frame_qformer(former: FrameQFormer, length: int, item: Item) -> Load:
     """The Q-Former on each picture's share of ``length`` features."""
     flops, queries = qformer(former, length // item.pictures, item)
-    return Load(item.pictures * flops, item.pictures * queries)
+    return Load(item.pictures * flops, queries if former.mean_frames else item.pictures * queries)
 
 
 def listener(module: FrozenListener, length: int, item: Item) -> Load:

@@ -57,8 +57,10 @@ class XLLM(nn.Module):
         text = self.llm.get_input_embeddings()(ids.clamp_min(0))
         return splice(ids, batch.labels.to(self.device), batch.reach.to(self.device), text, self.read(batch.media), pad_left)
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, weights: Tensor | None = None) -> Output:
         """Summed next-token cross-entropy over the supervised tokens, logits computed for those alone.
+
+        ``weights`` (T,), one for each supervised token in reading order, multiply its terms.
 
         A token is predicted at its parent: the token before it, or, where branches share a prefix, the prefix's end. What
         all rows begin with (a system prompt) runs once, for no gradient flows into it.
@@ -79,7 +81,7 @@ class XLLM(nn.Module):
             **({cache_name(self.llm): prefix_cache(self.llm, spliced.embeds[:, :start])} if start else {}),
         ).last_hidden_state
         supervised = hidden[rows, parents(visible)[rows, cols] - start]
-        return Output(head_loss(self.llm.get_output_embeddings(), supervised, spliced.labels[rows, cols]), len(rows))
+        return Output(head_loss(self.llm.get_output_embeddings(), supervised, spliced.labels[rows, cols], weights), len(rows))
 
     @torch.inference_mode()
     def stream(
@@ -140,25 +142,38 @@ class XLLM(nn.Module):
             raise ValueError(f"beam search takes no {sorted(sampling)}; use num_beams=1")
         if not isinstance(max_new_tokens, int):
             raise ValueError("beam search takes one max_new_tokens for all rows; use num_beams=1")
+        return self._generate(batch, max_new_tokens, num_beams, eos, pad, num_beams=num_beams, do_sample=False)
+
+    def draw(
+        self, batch: Batch, num: int, max_new_tokens: int, temperature: float = 1.0, eos: Sequence[int] = (), pad: int = 0
+    ) -> list[list[int]]:
+        """``num`` answers drawn for each row of ``batch``, the rows' after each other, as token ids without the end token."""
+        options = {"num_return_sequences": num, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return self._generate(batch, max_new_tokens, num, eos, pad, **options)
+
+    @torch.inference_mode()
+    def _generate(
+        self, batch: Batch, max_new_tokens: int, copies: int, eos: Sequence[int], pad: int, **options: Any
+    ) -> list[list[int]]:
+        """Hugging Face's ``generate`` on ``copies`` of each row, whose prompt runs once a row."""
         spliced = self.embed(batch, pad_left=True)
         check_context(self.llm, spliced.embeds.shape[1], max_new_tokens)
         mask = (spliced.reach > 0).long()
-        prompt = self.llm.get_decoder()(  # once a row: generate would run it once a beam
+        prompt = self.llm.get_decoder()(
             inputs_embeds=spliced.embeds[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, :-1],
             use_cache=True,
         )[cache_name(self.llm)]
-        prompt.batch_repeat_interleave(num_beams)
+        prompt.batch_repeat_interleave(copies)
         out = self.llm.generate(
             inputs_embeds=spliced.embeds,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
             eos_token_id=list(eos) or None,
             pad_token_id=pad,
             **{cache_name(self.llm): prompt},
+            **options,
         )
         stops = {*eos, pad}
         return [ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))] for ids in out.tolist()]

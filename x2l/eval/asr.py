@@ -22,7 +22,7 @@ from x2l.eval import records, tasks
 from x2l.eval.predict import Generator, Render, predict, prompt_of
 from x2l.eval.report import format_score
 from x2l.modality import Processor
-from x2l.recognizer import Recognizer
+from x2l.recognizer import PIECE, Recognizer
 from x2l.stages import asr_model
 from x2l.types import Sample
 from x2l.vocabulary import spoken_form
@@ -67,7 +67,8 @@ def systems(
     found, notes = dict[str, System](), list[str]()
     if model:
         assistant = Assistant.load(model)
-        decode = {"max_new_tokens": 64, "tokens_a_second": moonshine.TOKENS_PER_SECOND}  # as many as the peer may write
+        # As many tokens as the peer may write, and pieces as short as those of the CIF-based ASR model.
+        decode = {"max_new_tokens": 64, "tokens_a_second": moonshine.TOKENS_PER_SECOND, "piece_seconds": PIECE}
         found[f"{model}: LLM"] = System(assistant, assistant.info(), decode, assistant.render)
         speech: Any = assistant.model.modalities["speech"]
         processor = assistant.collator.processors["speech"]

@@ -66,18 +66,21 @@ class FrameQFormer(QFormer):
         encoder_width: E.
         max_frames: with more than 0, an embedding of the frame's place, learned from zero, is added to what the Q-Former
             gives, for at most so many frames. 0 is the paper's: the LLM's own positions alone tell the order.
+        mean_frames: a video becomes the mean of its frames, Q embeddings whatever its length. It knows no order, but weights
+            that have only met pictures make sense of it, where they do not of T times as many embeddings (dev/LOG.md).
         qformer: arguments of `QFormer`.
     """
 
     places: nn.Parameter | None
 
-    def __init__(self, encoder_width: int, max_frames: int = 0, **qformer: Any) -> None:
+    def __init__(self, encoder_width: int, max_frames: int = 0, mean_frames: bool = False, **qformer: Any) -> None:
         super().__init__(encoder_width, **qformer)
+        self.mean_frames = mean_frames
         places = nn.Parameter(torch.zeros(max_frames, self.out_width)) if max_frames else None
         self.register_parameter("places", places)
 
     def forward(self, features: Features) -> Features:
-        """x (N, T, P, E) with lengths in frames -> (N, T * Q, C) with lengths in embeddings.
+        """x (N, T, P, E) with lengths in frames -> (N, T * Q, C), or (N, Q, C) of the mean, with lengths in embeddings.
 
         Raises:
             ValueError: a video has more frames than there are places.
@@ -93,6 +96,9 @@ class FrameQFormer(QFormer):
             y = y + self.places[place.expand_as(real)[real], None]
         out = y.new_zeros(*real.shape, *y.shape[1:])
         out[real] = y
+        if self.mean_frames:
+            mean_NQC = out.sum(1) / features.lengths.clamp_min(1)[:, None, None].to(y.dtype)
+            return Features(mean_NQC, torch.full_like(features.lengths, self.num_queries))
         return Features(out.flatten(1, 2), features.lengths * self.num_queries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -23,6 +24,8 @@ from starlette.exceptions import HTTPException
 from x2l.data.media import MediaError
 from x2l.data.prompts import instructions
 from x2l.data.tasks import dictated
+from x2l.encoders.moonshine import TOKENS_PER_SECOND
+from x2l.recognizer import in_pieces
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError
 from x2l.serve.chat import completion, events, pieces, run_or_leave, submit
 from x2l.serve.decoders import DecoderPool
@@ -265,13 +268,22 @@ def _add_chat(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], config: S
         blob = await file.read(limits.max_file_bytes + 1)
         if not 0 < len(blob) <= limits.max_file_bytes:
             raise ApiError(400, f"the file has {len(blob)} bytes; 1 to {limits.max_file_bytes} are accepted", "file")
-        spoken = [dictated(Part("speech", bytes=blob), TRANSCRIBE)]
+
+        async def written() -> str:
+            wave = await asyncio.to_thread(engine.intake.decoded, "speech", blob)
+            texts = []
+            for piece, seconds in in_pieces(wave):
+                limit = max(1, int(seconds * TOKENS_PER_SECOND))
+                spoken = [dictated(Part("speech", bytes=piece), TRANSCRIBE)]
+                _, text = await whole(request, engine, spoken, Decode(limit, temperature))
+                texts.append(text.strip())
+            return " ".join(texts)
+
         try:
-            _, text = await run_or_leave(request, whole(request, engine, spoken, Decode(temperature=temperature)))
+            text = await run_or_leave(request, written())
         except ConnectionError:
             metrics.disconnects.inc()
             return Response(status_code=499)
-        text = text.strip()
         return PlainTextResponse(text) if response_format == "text" else JSONResponse({"text": text})
 
 

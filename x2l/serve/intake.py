@@ -124,6 +124,17 @@ class Intake:
                 "conversation, use fewer media or a smaller max_tokens"
             )
 
+    def decoded(self, modality: str, blob: bytes) -> Any:
+        """A file as the modality's processor takes it, decoded within the server's bounds.
+
+        Raises:
+            MediaError: it is broken or too large.
+        """
+        collator = self.assistant.collator
+        if self._decode_media is None:
+            return collator.decode(modality, blob)
+        return self._decode_media(collator.decoders[modality], blob, collator.options.get(modality, {}))
+
     def _text(self, ids: Sequence[int]) -> str:
         with self._tokenizer:
             return self.assistant.decode(ids)
@@ -134,13 +145,9 @@ class Intake:
             self.stats.embedding_hits += 1
             return Item(modality, key, embeds=known)
         self.stats.embedding_misses += 1
-        collator = self.assistant.collator
-        if self._decode_media is None:
-            decoded = collator.decode(modality, blob)
-        else:
-            decoded = self._decode_media(collator.decoders[modality], blob, collator.options.get(modality, {}))
+        decoded = self.decoded(modality, blob)
         try:
-            return Item(modality, key, collator.processors[modality]([decoded]))
+            return Item(modality, key, self.assistant.collator.processors[modality]([decoded]))
         except ValueError as error:
             log.warning("a processor refused a %s: %s", modality, error)
             raise RequestError(f"this {modality} is of a kind or length that the model cannot read") from error

@@ -1,4 +1,4 @@
-"""A multimodal instruction set of the paper's four kinds (arXiv 2305.04160, section 3.3 and appendix A.1).
+"""A multimodal instruction set of the paper's kinds (arXiv 2305.04160, section 3.3 and appendix A.1).
 
 Each sample is one instruction, drawn from a pool of paraphrases, and one answer that people wrote or a stated rule gives:
 
@@ -6,6 +6,7 @@ Each sample is one instruction, drawn from a pool of paraphrases, and one answer
 - speech-text: a recording and its transcript.
 - video-text: a video and its description; a talking head says its transcript.
 - image-text-speech: a photo, a question spoken about it, and the answer (``builders/vsdial.py``).
+- image-speech-text: the same photo and question, to be written down (the paper's multimodal speech recognition, Table 4).
 """
 
 from __future__ import annotations
@@ -71,8 +72,16 @@ def image_text_speech(record: Record, part: Part, rng: random.Random) -> Sample:
     question, reply = record.fields["messages"][:2]
     if (question["role"], reply["role"]) != ("user", "assistant"):
         raise DataError("not a row of builders/vsdial.py")
-    parts = [{"type": "image", "key": image}, {"type": "speech", "key": sound}, _ask("spoken_question", part, rng)]
+    parts = [{"type": "image", "key": image}, {"type": "speech", "key": sound}]
+    if rng.random() < 0.5:  # who asks by voice often types nothing
+        parts.append(_ask("spoken_question", part, rng))
     return parts, reply["content"], {image: photo, sound: speech}
+
+
+def image_speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
+    (image, photo) = _file(record, "image")
+    spoken, text, media = speech_text(record, part, rng)
+    return [{"type": "image", "key": image}, *spoken], text, {image: photo, **media}
 
 
 KINDS: dict[str, Callable[[Record, Part, random.Random], Sample]] = {
@@ -80,6 +89,7 @@ KINDS: dict[str, Callable[[Record, Part, random.Random], Sample]] = {
     "speech-text": speech_text,
     "video-text": video_text,
     "image-text-speech": image_text_speech,
+    "image-speech-text": image_speech_text,
 }
 
 
@@ -130,7 +140,7 @@ def _fields(key: str, part: Part, record: Record, content: list[dict[str, Any]],
 
 def _chosen(part: Part, number: int, seed: int) -> list[int]:
     rows = range(len(part.source))
-    if part.kind == "image-text-speech":  # its rows are in both languages
+    if part.kind in ("image-text-speech", "image-speech-text"):  # their rows are in both languages
         rows_of_lang = [row for row in rows if re.search(rf"-{part.lang}\d+$", part.source.rows[row].key)]
         return rows_of_lang if part.num is None else rows_of_lang[: part.num]
     if part.num is None or part.num >= len(rows):
