@@ -74,7 +74,7 @@ def test_stage_3_is_compared_with_what_it_starts_from(recipes: dict[str, str], r
     lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, None, recipes)
     models = reproduce.around_stage3(lab)
     before, after = ({name: part.weights for name, part in models[stage].modalities.items()} for stage in ("stage2", "stage3"))
-    assert before["image"] == str(tmp_path / "stage2_image/final/image.safetensors")
+    assert before["image"] == str(tmp_path / "stage2_image_scored/final/image.safetensors")
     assert after["speech"] == str(tmp_path / "out/stage3/seed0/final/speech.safetensors")
 
 
