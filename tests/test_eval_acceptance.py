@@ -234,6 +234,12 @@ def test_the_share_of_yes_is_no_skill() -> None:
     assert tasks.solved_blind(plain, control) == []
 
 
+def test_what_is_said_needs_no_picture() -> None:
+    plain, wrong = ({"task": "asr", "scores": {"WER": {"value": value, "low": 30, "high": 40}}} for value in (35, 34))
+    assert tasks.solved_blind(plain, wrong) == []
+    assert tasks.solved_blind(plain | {"task": "lips"}, wrong) == ["WER"]
+
+
 def test_words_no_better_than_silence_are_no_skill() -> None:
     """An empty answer has 100 % errors: whoever makes as many has read nothing off any lips."""
     wer = {"value": 160, "low": 140, "high": 185}
