@@ -105,6 +105,13 @@ def test_questions_keep_their_weight_beside_drawn_captions(built: Built, photo_r
     assert drawn.min() < 0 < drawn.max()
 
 
+def test_what_cannot_be_scored_is_refused(built: Built, photo_root: Path) -> None:
+    with pytest.raises(ValueError, match="num=1: a caption is compared with others"):
+        writer(built, num=1)
+    with pytest.raises(ValueError, match="every source needs the task caption"):
+        writer(built)(photos(photo_root, caption_qa={"num_pairs": 1}), {})
+
+
 def test_what_is_rewarded_becomes_likelier(built: Built, photo_root: Path) -> None:
     """Answers of one byte, rewarded when it is ASCII: about half of them at first, by the model's own probabilities."""
     families, write = photos(photo_root, caption={"num": 2}), writer(built, num=16, max_new_tokens=1)

@@ -81,6 +81,7 @@ class XLLM(nn.Module):
             **({cache_name(self.llm): prefix_cache(self.llm, spliced.embeds[:, :start])} if start else {}),
         ).last_hidden_state
         supervised = hidden[rows, parents(visible)[rows, cols] - start]
+        weights = None if weights is None else weights.to(supervised.device)
         return Output(head_loss(self.llm.get_output_embeddings(), supervised, spliced.labels[rows, cols], weights), len(rows))
 
     @torch.inference_mode()

@@ -123,11 +123,16 @@ class Writer:
         num: captions a picture.
         temperature: that they are drawn at.
         max_new_tokens: of a caption.
+
+    Raises:
+        ValueError: a single caption has no other to be compared with; and, when called, a family has no human caption.
     """
 
     def __init__(
         self, model: XLLM, collator: Collator, reward: Reward, num: int = 5, temperature: float = 1.0, max_new_tokens: int = 24
     ):
+        if num < 2:
+            raise ValueError(f"num={num}: a caption is compared with others of its picture, so that it takes two or more")
         self.model, self.collator, self.reward = model, collator, reward
         self.num, self.temperature, self.max_new_tokens = num, temperature, max_new_tokens
 
@@ -135,6 +140,8 @@ class Writer:
         """The captions of each family become references, and captions drawn take their place; its other samples stay."""
         renderer = self.collator.renderer
         human = [[sample for sample in family if sample.meta.get("task") == "caption"] for family in families]
+        if [] in human:
+            raise ValueError("captions are scored against human ones: every source needs the task caption")
         prompts = [renderer.prompt(samples[0].messages[:-1]) for samples in human]
         drawn = self._draw(prompts, fetch)
         references = [[sample.messages[-1].text for sample in samples] for samples in human]
