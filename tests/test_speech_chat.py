@@ -145,3 +145,5 @@ def test_a_long_recording_is_written_down_in_pieces(model: Assistant) -> None:
     alone = model.generate_text([Sample("", (user("Go", Part("speech", bytes=blob)),)) for blob in cut], max_new_tokens=5)
     together = model.generate_text(samples, max_new_tokens=5, piece_seconds=1.0)
     assert together == [" ".join(alone), *model.generate_text(samples[1:], max_new_tokens=5)]
+    with pytest.raises(ValueError, match="none: 0 recordings, to be cut into pieces it takes one"):
+        model.generate_text([Sample("none", (user("Go"),))], piece_seconds=1.0)

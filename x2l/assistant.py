@@ -11,7 +11,7 @@ from x2l.build import Built, build
 from x2l.checkpoint import sha256
 from x2l.config import digest, load_model_config
 from x2l.data.collate import Collator, raw
-from x2l.data.media import SAMPLE_RATE, decode_audio
+from x2l.data.media import SAMPLE_RATE
 from x2l.recognizer import in_pieces
 from x2l.types import Message, Part, Sample
 from x2l.weights import resolve
@@ -73,9 +73,12 @@ class Assistant:
             piece_seconds: a longer recording is cut into pieces, each is answered alone, and the answers are joined; for what
                 is written down, of samples with one recording.
             decode: as in `XLLM.generate`.
+
+        Raises:
+            ValueError: with ``piece_seconds``, a sample has not one recording.
         """
         if piece_seconds is not None:
-            cut = [_cut_up(sample, piece_seconds) for sample in samples]
+            cut = [self._cut_up(sample, piece_seconds) for sample in samples]
             written = iter(self.generate_text([piece for each in cut for piece in each], max_new_tokens, tokens_a_second, **decode))
             return [" ".join(next(written) for _ in each) for each in cut]
         limits: int | list[int] = max_new_tokens
@@ -87,6 +90,21 @@ class Assistant:
 
     def _seconds(self, sample: Sample) -> float:
         return sum(len(self.collator.decode("speech", raw(part))) for part in sample.media if part.type == "speech") / SAMPLE_RATE
+
+    def _cut_up(self, sample: Sample, seconds: float) -> list[Sample]:
+        recordings = [part for part in sample.media if part.type == "speech"]
+        if len(recordings) != 1:
+            raise ValueError(f"{sample.id}: {len(recordings)} recordings, to be cut into pieces it takes one")
+        wave = self.collator.decode("speech", raw(recordings[0]))
+        if len(wave) <= seconds * SAMPLE_RATE:
+            return [sample]
+
+        def with_piece(blob: bytes) -> Sample:
+            part = Part("speech", bytes=blob)
+            changed = (tuple(part if each is recordings[0] else each for each in message.content) for message in sample.messages)
+            return replace(sample, messages=tuple(map(Message, (m.role for m in sample.messages), changed)))
+
+        return [with_piece(blob) for blob, _ in in_pieces(wave, seconds)]
 
     def render(self, sample: Sample) -> str:
         """The prompt as the model reads it, each media item as ``<type>``."""
@@ -118,17 +136,3 @@ class Assistant:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _cut_up(sample: Sample, seconds: float) -> list[Sample]:
-    (speech,) = (part for part in sample.media if part.type == "speech")
-    wave = decode_audio(raw(speech))
-    if len(wave) <= seconds * SAMPLE_RATE:
-        return [sample]
-
-    def with_piece(blob: bytes) -> Sample:
-        part = Part("speech", bytes=blob)
-        messages = (replace(m, content=tuple(part if each is speech else each for each in m.content)) for m in sample.messages)
-        return replace(sample, messages=tuple(messages))
-
-    return [with_piece(blob) for blob, _ in in_pieces(wave, seconds)]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from x2l.asr import CIFASR
+from x2l.data.media import as_wav
 from x2l.encoders.moonshine import RATE, windows
 
 PIECE = 8.0  # seconds; of the recordings that the shipped weights were trained on one in twenty is longer
@@ -20,13 +19,6 @@ def in_pieces(wave: np.ndarray, max_seconds: float = PIECE) -> list[tuple[bytes,
     """A waveform (S,) float32 at 16 kHz as WAV files of at most ``max_seconds``, each with its seconds, cut where it is quiet: so a
     model that was trained on sentences can write down a speech."""
     return [(as_wav(piece), len(piece) / RATE) for piece in windows(wave, max_seconds)]
-
-
-def as_wav(wave: np.ndarray) -> bytes:
-    """A waveform at 16 kHz as a WAV file that loses nothing."""
-    file = io.BytesIO()
-    soundfile.write(file, wave, RATE, format="WAV", subtype="FLOAT")
-    return file.getvalue()
 
 
 class Recognizer:

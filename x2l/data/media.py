@@ -117,6 +117,13 @@ MAX_CHUNKS = 64  # before a WAV's samples
 WHOLE = 0.9  # of a WAV's samples; with less it is cut off
 
 
+def as_wav(wave: NDArray[np.float32], rate: int = SAMPLE_RATE) -> bytes:
+    """A waveform (S,) or (S, channels) as a WAV file of floats, which loses nothing."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 def _cut_off(blob: bytes) -> bool:
     """Whether a WAV lacks samples that its header counts, or an Ogg ends within a page. (Decoders read on to the end that is
     there, and half a sentence would keep the whole one's transcript.)"""

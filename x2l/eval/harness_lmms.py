@@ -12,13 +12,13 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import soundfile
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
 from x2l.assistant import Assistant
+from x2l.data.media import as_wav
 from x2l.types import Message, Part, Sample
 
 
@@ -124,6 +124,4 @@ def _png(image: Image.Image | str) -> bytes:
 
 def _wav(audio: dict[str, Any]) -> bytes:
     """Hugging Face's decoded audio (array, sampling_rate) as a WAV file."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.asarray(audio["array"], np.float32), audio["sampling_rate"], "FLOAT", format="WAV")
-    return buffer.getvalue()
+    return as_wav(np.asarray(audio["array"], np.float32), audio["sampling_rate"])

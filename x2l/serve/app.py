@@ -270,9 +270,8 @@ def _add_chat(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], config: S
             raise ApiError(400, f"the file has {len(blob)} bytes; 1 to {limits.max_file_bytes} are accepted", "file")
 
         async def written() -> str:
-            wave = await asyncio.to_thread(engine.intake.decoded, "speech", blob)
             texts = []
-            for piece, seconds in in_pieces(wave):
+            for piece, seconds in await asyncio.to_thread(lambda: in_pieces(engine.intake.decoded("speech", blob))):
                 limit = max(1, int(seconds * TOKENS_PER_SECOND))
                 spoken = [dictated(Part("speech", bytes=piece), TRANSCRIBE)]
                 _, text = await whole(request, engine, spoken, Decode(limit, temperature))

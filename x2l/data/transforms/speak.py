@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from x2l.data.media import SAMPLE_RATE, decode_audio
+from x2l.data.media import SAMPLE_RATE, as_wav, decode_audio
 from x2l.data.sources import DataError, Record
 from x2l.data.tools import language
 from x2l.data.transforms.base import Done, Skipped, noted, rng_of
@@ -87,9 +87,7 @@ def levelled(sound: np.ndarray, rate: int) -> np.ndarray:
     """Mono at 16 kHz, its peak at ``PEAK``."""
     if not len(sound) or not np.isfinite(sound).all():
         raise SpeechError("the engine gave no sound, or values that are not finite")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, sound, rate, format="WAV", subtype="FLOAT")
-    resampled = decode_audio(buffer.getvalue())
+    resampled = decode_audio(as_wav(sound, rate))
     return resampled * (PEAK / max(float(np.abs(resampled).max()), 1e-9))
 
 
