@@ -83,6 +83,17 @@ def test_bad_input_is_told_and_nothing_is_lost(
     assert chat.waiting == []
 
 
+def test_an_empty_answer_is_told(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    chat = Chat(model, {}, Console(file=out, width=200))
+    monkeypatch.setattr(model, "stream", lambda *args, **options: iter(["", " "]))
+    chat.ask("Well?")
+    assert "the model has no answer" in out.getvalue()
+    monkeypatch.setattr(model, "stream", lambda *args, **options: iter(["Yes."]))
+    chat.ask("Well?")
+    assert out.getvalue().count("no answer") == 1
+
+
 def test_a_question_over_the_context_leaves_no_trace(model: Assistant) -> None:
     chat = Chat(model, {"max_new_tokens": 5}, Console(file=io.StringIO()))
     with pytest.raises(ValueError, match="exceed the LLM's context of 1024"):

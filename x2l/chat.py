@@ -53,6 +53,10 @@ class Chat:
             pieces.append(piece)
             self.console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
         self.console.print()
+        if not "".join(pieces).strip():
+            self.console.print(
+                "(the model has no answer: ask in other words, or with a shorter recording)", style="dim", highlight=False
+            )
         self.messages += [turn, assistant("".join(pieces).strip())]
         self.waiting = []
         return "".join(pieces)
