@@ -265,17 +265,23 @@ def test_vsdial_and_instruction_set(hum: None, tmp_path: Path) -> None:
     assert [part.type for part in sample.messages[0].content] == ["image", "speech"]
     assert not validate(str(tmp_path / "vsd" / "train-*.tar"), progress=False).issues.reasons
     spoken_set = read_source(str(tmp_path / "vsd" / "train-*.tar"))
-    asked_aloud = [Part(kind, spoken_set, "zh") for kind in ("image-text-speech", "image-speech-text")]
+    asked_aloud = [Part(kind, spoken_set, "zh") for kind in ("image-text-speech", "image-speech-text", "conversation")]
     parts = [Part("image-text", source, "en", 7), Part("image-text", source, "zh", 5), *asked_aloud]
     shards = build_instruct(parts, tmp_path / "set")
     rows = list(read_source([str(path) for path in shards]))
     num = sum(row.fields["lang"] == "zh" for row in found["train"])
     assert Counter((row.fields["kind"], row.fields["lang"]) for row in rows) == {
-        ("image-text", "en"): 7, ("image-text", "zh"): 5, ("image-text-speech", "zh"): num, ("image-speech-text", "zh"): num
+        ("image-text", "en"): 7, ("image-text", "zh"): 5,
+        **dict.fromkeys([(part.kind, "zh") for part in asked_aloud], num),
     }  # fmt: skip
     typed: list[bool] = []
     for row in rows:
         (sample,) = messages_task(row, random.Random(0))
+        if row.fields["kind"] == "conversation":
+            said = [(m.role, [part.type for part in m.content]) for m in sample.messages]
+            looks, asks, answers = ("user", ["image", "text"]), ("user", ["speech"]), ("assistant", ["text"])
+            assert said == [looks, answers, asks, answers, looks, answers]
+            continue
         pool = {"image-text": "caption", "image-text-speech": "spoken_question", "image-speech-text": "asr"}[row.fields["kind"]]
         assert ("text" in row.fields) == (pool != "caption"), "what is asked aloud is written down"
         texts = [part.text for part in sample.messages[0].content if part.type == "text"]
@@ -295,11 +301,11 @@ def test_speech_and_video_kinds() -> None:
     rng = random.Random(0)
     heard = Record("a", {"text": "GOOD DAY"}, {"wav": b"RIFF"})
     source: Any = []
-    content, answer, media = instruct.speech_text(heard, Part("speech-text", source, "en"), rng)
+    [(content, answer)], media = instruct.speech_text(heard, Part("speech-text", source, "en"), rng)
     assert (content[-1], answer, list(media)) == ({"type": "speech", "key": "wav"}, "Good day", ["wav"])
     assert content[0]["text"].endswith("\n")  # the speech stands on a line of its own
     seen = Record("b", {"text": "bin blue now"}, {"mkv": b"1"})
-    content, answer, _ = instruct.video_text(seen, Part("video-text", source, "en", talking=True), rng)
+    [(content, answer)], _ = instruct.video_text(seen, Part("video-text", source, "en", talking=True), rng)
     assert (content[0]["type"], answer) == ("video", 'A person faces the camera and says: "bin blue now."')
     with pytest.raises(DataError, match="0 image files"):
         instruct.image_text(seen, Part("image-text", source, "en"), rng)

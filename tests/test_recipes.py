@@ -113,6 +113,23 @@ def test_a_cformer_starts_from_bert(tmp_path: Path) -> None:
     assert any(p.shape == theirs.shape and torch.equal(p, theirs) for p in cformer.parameters())
 
 
+def test_a_qformer_goes_on_before_another_llm(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from x2l.build import initialise
+    from x2l.modalities.image import interface
+
+    shape = {"width": 16, "depth": 1, "heads": 2, "num_queries": 3}
+    before, after = (torch.nn.Sequential(*interface(8, width, 0.02, **shape)) for width in (24, 40))
+    save_file(before.state_dict(), tmp_path / "image.safetensors")
+    initialise(after[0], f"qformer:{tmp_path / 'image.safetensors'}")
+    assert all(torch.equal(p, q) for p, q in zip(before[0].parameters(), after[0].parameters(), strict=True))
+    wider = torch.nn.Sequential(*interface(8, 24, 0.02, **(shape | {"num_queries": 5})))
+    with pytest.raises(ValueError, match=r"another shape: \['queries'\]"):
+        initialise(wider[0], f"qformer:{tmp_path / 'image.safetensors'}")
+
+
 @pytest.mark.parametrize(("has_it", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_bf16_is_used_where_the_processor_has_it(has_it: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch

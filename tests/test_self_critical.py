@@ -105,11 +105,21 @@ def test_questions_keep_their_weight_beside_drawn_captions(built: Built, photo_r
     assert drawn.min() < 0 < drawn.max()
 
 
-def test_what_cannot_be_scored_is_refused(built: Built, photo_root: Path) -> None:
+def test_a_caption_alone_is_refused(built: Built) -> None:
     with pytest.raises(ValueError, match="num=1: a caption is compared with others"):
         writer(built, num=1)
-    with pytest.raises(ValueError, match="every source needs the task caption"):
-        writer(built)(photos(photo_root, caption_qa={"num_pairs": 1}), {})
+
+
+def test_samples_without_captions_are_learnt_by_likelihood(built: Built, photo_root: Path) -> None:
+    families = photos(photo_root, caption_qa={"num_pairs": 1})
+    judged = writer(built)(families, {})
+    assert judged.reward is None
+    assert judged.weights is not None
+    assert judged.weights.tolist() == [1.0] * int((judged.batch.labels != IGNORE_INDEX).sum())
+    mixed = writer(built, num=2, max_new_tokens=3)([*families, *photos(photo_root, caption={})], {})
+    assert mixed.weights is not None
+    assert (mixed.weights == 1.0).any()
+    assert (mixed.weights < 0).any()
 
 
 def test_what_is_rewarded_becomes_likelier(built: Built, photo_root: Path) -> None:

@@ -68,10 +68,10 @@ def noise(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def instruction(*media: tuple[str, str]) -> bytes:
+def instruction(kind: str, *media: tuple[str, str]) -> bytes:
     content = [{"type": kind, "key": key} for kind, key in media] + [{"type": "text", "text": "What is it?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "It is this."}]
-    return json.dumps({"messages": turns, "lang": "en"}).encode()
+    return json.dumps({"messages": turns, "lang": "en", "kind": kind}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +91,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answered = {
         f"a{i}": {
             "wav": noise(i),
-            "json": json.dumps(json.loads(instruction(("speech", "wav"))) | {"text": "go on", "lang": "en"}).encode(),
+            "json": json.dumps(json.loads(instruction("answered", ("speech", "wav"))) | {"text": "go on", "lang": "en"}).encode(),
         }
         for i in range(2)
     }
     mixed = {}
     for i in range(2):
-        mixed[f"image-{i}"] = {"png": picture((9, 9, 40 * i)), "json": instruction(("image", "png"))}
-        mixed[f"video-{i}"] = {"png": picture((90, 9, 40 * i)), "json": instruction(("video", "png"))}
-        mixed[f"speech-{i}"] = {"wav": noise(i), "json": instruction(("speech", "wav"))}
-        mixed[f"both-{i}"] = {
-            "png": picture((9, 90, 40 * i)), "wav": noise(i), "json": instruction(("image", "png"), ("speech", "wav"))
-        }  # fmt: skip
+        mixed[f"image-{i}"] = {"png": picture((9, 9, 40 * i)), "json": instruction("image-text", ("image", "png"))}
+        mixed[f"video-{i}"] = {"png": picture((90, 9, 40 * i)), "json": instruction("video-text", ("video", "png"))}
+        mixed[f"speech-{i}"] = {"wav": noise(i), "json": instruction("speech-text", ("speech", "wav"))}
+        for kind in ("image-text-speech", "image-speech-text", "conversation"):
+            both = instruction(kind, ("image", "png"), ("speech", "wav"))
+            mixed[f"{kind}-{i}"] = {"png": picture((9, 90, 40 * i)), "wav": noise(i), "json": both}
     for name, rows in {
         "flickr8k/train-0000": photos, "flickr8k/val-0000": photos, "esc10/train-0000": sounds, "grid-s1/train-0000": lips,
         "speechocean762/train-0000": said, "spoken_questions/train-0000": said, "spoken_questions/answered-0000": answered,
@@ -158,14 +158,14 @@ def test_stage_3_changes_adapters_alone(llm_folder: Path, root: Path, tmp_path: 
     """Parameters and buffers of the LLM, of encoders, Q-Formers, C-Former and listener: all the same before and after."""
     untrained(llm_folder, tmp_path, "image", "video", "speech")
     cfg = load_train_config(str(shrunk("tiny/stage3", llm_folder, root, tmp_path, steps=4)))
-    real, models = STAGES["xllm"], []
+    real, models = STAGES["self_critical"], []
 
     def watched(cfg: TrainConfig) -> Stage:
         stage = real(cfg)
         models.append((stage.model, {key: tensor.clone() for key, tensor in stage.model.state_dict().items()}))
         return stage
 
-    monkeypatch.setitem(STAGES, "xllm", watched)
+    monkeypatch.setitem(STAGES, "self_critical", watched)
     folder = train.train(cfg)
     ((model, before),) = models
     adapters = {"image": "1.linear", "video": "1.linear", "speech": "2.linear"}
@@ -183,13 +183,14 @@ def test_stage_3_changes_adapters_alone(llm_folder: Path, root: Path, tmp_path: 
 
 def test_no_loss_on_instructions(llm_folder: Path, root: Path, tmp_path: Path) -> None:
     untrained(llm_folder, tmp_path, "image", "video", "speech")
-    cfg = load_train_config(str(shrunk("tiny/stage3", llm_folder, root, tmp_path, batch_size=8)))
+    cfg = load_train_config(str(shrunk("tiny/stage3", llm_folder, root, tmp_path, batch_size=12)))
     stage = STAGES["xllm"](cfg)
-    feed = train.open_feed(cfg.data, cfg.data_root, cfg.batch_size, cfg.seed)
-    batch = stage.collate(feed.batch(0), 0)
+    instructions = [source for source in cfg.data if "messages" in source.tasks]
+    assert len(instructions) == len(cfg.data) - 1  # the rest are captions, scored
+    batch = stage.collate(train.open_feed(instructions, cfg.data_root, cfg.batch_size, cfg.seed).batch(0), 0)
     tokenizer = build(cfg.model).renderer.tokenizer
-    supervised = {tokenizer.decode([i for i in row.tolist() if i >= 0]) for row in batch.labels}
-    assert supervised == {"It is this.<|im_end|>"}
+    supervised = "".join(tokenizer.decode([i for i in row.tolist() if i >= 0]) for row in batch.labels)
+    assert supervised == "It is this.<|im_end|>" * 12
     assert sorted(batch.media) == ["image", "speech", "video"]
 
 

@@ -169,11 +169,29 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def import_qformer(state: dict[str, Tensor], module: nn.Module) -> list[str]:
+    """Start a Q-Former from that of an interface to another LLM, whose adapter is of no use here.
+
+    Returns:
+        What of ``state`` was not used: the adapter.
+
+    Raises:
+        ValueError: a tensor is missing, extra, or of another shape; the message names it.
+    """
+    given = {name.removeprefix("0."): tensor for name, tensor in state.items() if name.startswith("0.")}
+    shapes, others = ({name: tensor.shape for name, tensor in each.items()} for each in (module.state_dict(), given))
+    if differ := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
+        raise ValueError(f"not a Q-Former of these sizes; missing, extra or of another shape: {differ[:8]}")
+    module.load_state_dict(given)
+    return sorted(name for name in state if not name.startswith("0."))
+
+
 IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {
     "blip2": import_blip2,
     "bert": import_bert,
     "decoder": import_decoder,
     "image": import_image,
+    "qformer": import_qformer,
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -125,11 +126,17 @@ class Writer:
         max_new_tokens: of a caption.
 
     Raises:
-        ValueError: a single caption has no other to be compared with; and, when called, a family has no human caption.
+        ValueError: a single caption has no other to be compared with.
     """
 
     def __init__(
-        self, model: XLLM, collator: Collator, reward: Reward, num: int = 5, temperature: float = 1.0, max_new_tokens: int = 24
+        self,
+        model: XLLM,
+        collator: Collator,
+        reward: Reward,
+        num: int = 5,
+        temperature: float = 1.0,
+        max_new_tokens: int = 24,
     ):
         if num < 2:
             raise ValueError(f"num={num}: a caption is compared with others of its picture, so that it takes two or more")
@@ -137,26 +144,34 @@ class Writer:
         self.num, self.temperature, self.max_new_tokens = num, temperature, max_new_tokens
 
     def __call__(self, families: Sequence[Sequence[Sample]], fetch: Mapping[str, Fetch]) -> Judged:
-        """The captions of each family become references, and captions drawn take their place; its other samples stay."""
-        renderer = self.collator.renderer
-        human = [[sample for sample in family if sample.meta.get("task") == "caption"] for family in families]
-        if [] in human:
-            raise ValueError("captions are scored against human ones: every source needs the task caption")
-        prompts = [renderer.prompt(samples[0].messages[:-1]) for samples in human]
+        """The captions of each family become references, and captions drawn take their place; all other samples stay."""
+        is_caption = [[sample.meta.get("task") == "caption" for sample in family] for family in families]
+        captions = [list(compress(family, chosen)) for family, chosen in zip(families, is_caption, strict=True) if any(chosen)]
+        judged, reward = self._judged(captions, fetch) if captions else ([], None)
+        drawn = iter(judged)
+        packs: list[Packed] = []
+        weights: list[float] = []
+        for family, chosen in zip(families, is_caption, strict=True):
+            rows = next(drawn) if any(chosen) else []
+            rows += [(self.collator.renderer.train(s), 1.0) for s, is_one in zip(family, chosen, strict=True) if not is_one]
+            weights += [weight for row, weight in rows for label in row.labels if label != IGNORE_INDEX]
+            packs.append(share_prefixes([row for row, _ in rows]))
+        return Judged(self.collator.pad(packs, fetch), torch.tensor(weights), reward)
+
+    def _judged(
+        self, captions: Sequence[Sequence[Sample]], fetch: Mapping[str, Fetch]
+    ) -> tuple[list[list[tuple[Row, float]]], float]:
+        """For the human captions of each picture, the captions drawn, each with its lead; and the mean reward."""
+        prompts = [self.collator.renderer.prompt(samples[0].messages[:-1]) for samples in captions]
         drawn = self._draw(prompts, fetch)
-        references = [[sample.messages[-1].text for sample in samples] for samples in human]
+        references = [[sample.messages[-1].text for sample in samples] for samples in captions]
         rewards = torch.tensor(
             [[self.reward(self._text(ids), texts) for ids in mine] for texts, mine in zip(references, drawn, strict=True)]
         )
-        packs: list[Packed] = []
-        weights: list[float] = []
-        for family, prompt, mine, leads in zip(families, prompts, drawn, advantages(rewards).tolist(), strict=True):
-            others = [renderer.train(sample) for sample in family if sample.meta.get("task") != "caption"]
-            rows = [*(self._answered(prompt, ids) for ids in mine), *others]
-            for row, weight in zip(rows, [*leads, *[1.0] * len(others)], strict=True):
-                weights += [weight] * sum(label != IGNORE_INDEX for label in row.labels)
-            packs.append(share_prefixes(rows))
-        return Judged(self.collator.pad(packs, fetch), torch.tensor(weights), float(rewards.mean()))
+        return [
+            [(self._answered(prompt, ids), lead) for ids, lead in zip(mine, leads, strict=True)]
+            for prompt, mine, leads in zip(prompts, drawn, advantages(rewards).tolist(), strict=True)
+        ], float(rewards.mean())
 
     def _draw(self, prompts: Sequence[Row], fetch: Mapping[str, Fetch]) -> list[list[list[int]]]:
         eos, training = self.collator.renderer.eos, self.model.training

@@ -72,7 +72,7 @@ def self_critical_stage(cfg: TrainConfig) -> Stage:
         for family in feed.batch(step)
     )
     model = SelfCritical(built.model)
-    write = Writer(model, collator, Reward(captions), **cfg.stage_args)
+    write = Writer(model, collator, Reward(filter(None, captions)), **cfg.stage_args)
 
     def collate(families: Families, step: int | None) -> Judged:
         if step is None:

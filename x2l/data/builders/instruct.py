@@ -1,12 +1,13 @@
 """A multimodal instruction set of the paper's kinds (arXiv 2305.04160, section 3.3 and appendix A.1).
 
-Each sample is one instruction, drawn from a pool of paraphrases, and one answer that people wrote or a stated rule gives:
+Each sample is an instruction, drawn from a pool of paraphrases, and an answer that people wrote or a stated rule gives:
 
 - image-text: a photo and one of its captions.
 - speech-text: a recording and its transcript.
 - video-text: a video and its description; a talking head says its transcript.
 - image-text-speech: a photo, a question spoken about it, and the answer (``builders/vsdial.py``).
 - image-speech-text: the same photo and question, to be written down (the paper's multimodal speech recognition, Table 4).
+- conversation: a photo and its caption, the question spoken in the next turn, then another photo and its caption.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Part:
     talking: bool = False  # video-text: the text is what the person in the video says
 
 
-Sample = tuple[list[dict[str, Any]], str, dict[str, bytes]]  # parts of the question, the answer, media
+Turns = list[tuple[list[dict[str, Any]], str]]  # each with the parts of what is asked, and the answer
+Sample = tuple[Turns, dict[str, bytes]]  # and the media
 
 
 def image_text(record: Record, part: Part, rng: random.Random) -> Sample:
@@ -48,14 +50,14 @@ def image_text(record: Record, part: Part, rng: random.Random) -> Sample:
     captions = [captions] if isinstance(captions, str) else captions
     if not captions:
         raise DataError(f"no caption in {part.lang!r}")
-    return [{"type": "image", "key": ext}, _ask("caption", part, rng)], tidy(rng.choice(captions), part.lang), {ext: blob}
+    return [([{"type": "image", "key": ext}, _ask("caption", part, rng)], tidy(rng.choice(captions), part.lang))], {ext: blob}
 
 
 def speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
     ext, blob = _file(record, "sound")
     asked = _ask("asr", part, rng)["text"] + "\n"  # as in x2l.data.tasks.dictated
     parts = [{"type": "text", "text": asked}, {"type": "speech", "key": ext}]
-    return parts, sentence_case(_words(record)), {ext: blob}
+    return [(parts, sentence_case(_words(record)))], {ext: blob}
 
 
 def video_text(record: Record, part: Part, rng: random.Random) -> Sample:
@@ -64,24 +66,34 @@ def video_text(record: Record, part: Part, rng: random.Random) -> Sample:
         answer = TALKING[part.lang].format(text=_words(record))
     else:
         answer = tidy(rng.choice(record.fields.get(part.lang) or [""]), part.lang)
-    return [{"type": "video", "key": ext}, _ask("video", part, rng)], answer, {ext: blob}
+    return [([{"type": "video", "key": ext}, _ask("video", part, rng)], answer)], {ext: blob}
 
 
 def image_text_speech(record: Record, part: Part, rng: random.Random) -> Sample:
     (image, photo), (sound, speech) = _file(record, "image"), _file(record, "sound")
-    question, reply = record.fields["messages"][:2]
-    if (question["role"], reply["role"]) != ("user", "assistant"):
-        raise DataError("not a row of builders/vsdial.py")
     parts = [{"type": "image", "key": image}, {"type": "speech", "key": sound}]
     if rng.random() < 0.5:  # who asks by voice often types nothing
         parts.append(_ask("spoken_question", part, rng))
-    return parts, reply["content"], {image: photo, sound: speech}
+    return [(parts, _reply(record))], {image: photo, sound: speech}
 
 
 def image_speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
     (image, photo) = _file(record, "image")
-    spoken, text, media = speech_text(record, part, rng)
-    return [{"type": "image", "key": image}, *spoken], text, {image: photo, **media}
+    [(spoken, text)], media = speech_text(record, part, rng)
+    return [([{"type": "image", "key": image}, *spoken], text)], {image: photo, **media}
+
+
+def conversation(record: Record, part: Part, rng: random.Random) -> Sample:
+    (image, photo), (sound, speech) = _file(record, "image"), _file(record, "sound")
+    other = part.source[rng.randrange(len(part.source))]
+    ext, blob = _file(other, "image")
+    second = f"second.{ext}"
+    turns: Turns = [
+        ([{"type": "image", "key": image}, _ask("caption", part, rng)], tidy(record.fields["caption"], part.lang)),
+        ([{"type": "speech", "key": sound}], _reply(record)),
+        ([{"type": "image", "key": second}, _ask("caption", part, rng)], tidy(other.fields["caption"], part.lang)),
+    ]
+    return turns, {image: photo, sound: speech, second: blob}
 
 
 KINDS: dict[str, Callable[[Record, Part, random.Random], Sample]] = {
@@ -90,6 +102,7 @@ KINDS: dict[str, Callable[[Record, Part, random.Random], Sample]] = {
     "video-text": video_text,
     "image-text-speech": image_text_speech,
     "image-speech-text": image_speech_text,
+    "conversation": conversation,
 }
 
 
@@ -116,20 +129,22 @@ def _samples(parts: list[Part], split: str, seed: int) -> Iterator[Record]:
         key = f"{split}-{part.kind}-{part.lang}-{number}-{row:07d}"
         try:
             record = part.source[row]
-            content, answer, media = KINDS[part.kind](record, part, rng_of(seed, key))
-            if not answer.strip():
+            turns, media = KINDS[part.kind](record, part, rng_of(seed, key))
+            if not all(answer.strip() for _, answer in turns):
                 raise DataError("an empty answer")
         except DataError as error:
             part.source.issues.add(part.source.rows[row].key, error)
             continue
-        yield Record(key, _fields(key, part, record, content, answer), media)
+        yield Record(key, _fields(key, part, record, turns), media)
 
 
-def _fields(key: str, part: Part, record: Record, content: list[dict[str, Any]], answer: str) -> dict[str, Any]:
+def _fields(key: str, part: Part, record: Record, turns: Turns) -> dict[str, Any]:
     kept = {name: record.fields[name] for name in ("text", "spk", "source", PROVENANCE) if name in record.fields}
     return {
         "id": key,
-        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+        "messages": [
+            {"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)
+        ],
         "kind": part.kind,
         "lang": part.lang,
         "row": record.key,
@@ -140,7 +155,7 @@ def _fields(key: str, part: Part, record: Record, content: list[dict[str, Any]],
 
 def _chosen(part: Part, number: int, seed: int) -> list[int]:
     rows = range(len(part.source))
-    if part.kind in ("image-text-speech", "image-speech-text"):  # their rows are in both languages
+    if part.kind in ("image-text-speech", "image-speech-text", "conversation"):  # their rows are in both languages
         rows_of_lang = [row for row in rows if re.search(rf"-{part.lang}\d+$", part.source.rows[row].key)]
         return rows_of_lang if part.num is None else rows_of_lang[: part.num]
     if part.num is None or part.num >= len(rows):
@@ -157,6 +172,13 @@ def _file(record: Record, kind: str) -> tuple[str, bytes]:
     if len(found) != 1:
         raise DataError(f"{len(found)} {kind} files, expected one ({', '.join(record.media) or 'none'})")
     return found[0]
+
+
+def _reply(record: Record) -> str:
+    question, reply = record.fields["messages"][:2]
+    if (question["role"], reply["role"]) != ("user", "assistant"):
+        raise DataError("not a row of builders/vsdial.py")
+    return str(reply["content"])
 
 
 def _words(record: Record) -> str:
