@@ -25,7 +25,7 @@ from x2l.data.caption_qa_zh import question_answers_zh
 from x2l.data.prompts import instructions
 from x2l.data.sources import DataError, Record, read_source
 from x2l.data.tasks import messages as messages_task
-from x2l.data.tools import validate
+from x2l.data.tools import language, validate
 from x2l.data.transforms.dedupe import Dedupe, _Pictures, find_duplicates
 from x2l.data.transforms.filter import Filter
 from x2l.data.transforms.speak import SAMPLE_RATE, Speak, levelled, noisy
@@ -281,6 +281,7 @@ def test_vsdial_and_instruction_set(hum: None, tmp_path: Path) -> None:
             said = [(m.role, [part.type for part in m.content]) for m in sample.messages]
             looks, asks, answers = ("user", ["image", "text"]), ("user", ["speech"]), ("assistant", ["text"])
             assert said == [looks, answers, asks, answers, looks, answers]
+            assert all(language(m.text) == "zh" for m in sample.messages if m.role == "assistant")
             continue
         pool = {"image-text": "caption", "image-text-speech": "spoken_question", "image-speech-text": "asr"}[row.fields["kind"]]
         assert ("text" in row.fields) == (pool != "caption"), "what is asked aloud is written down"

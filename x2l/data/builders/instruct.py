@@ -12,6 +12,7 @@ Each sample is an instruction, drawn from a pool of paraphrases, and an answer t
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def image_speech_text(record: Record, part: Part, rng: random.Random) -> Sample:
 
 def conversation(record: Record, part: Part, rng: random.Random) -> Sample:
     (image, photo), (sound, speech) = _file(record, "image"), _file(record, "sound")
-    other = part.source[rng.randrange(len(part.source))]
+    other = part.source[rng.choice(_in_language(part))]
     ext, blob = _file(other, "image")
     second = f"second.{ext}"
     turns: Turns = [
@@ -155,12 +156,17 @@ def _fields(key: str, part: Part, record: Record, turns: Turns) -> dict[str, Any
 
 def _chosen(part: Part, number: int, seed: int) -> list[int]:
     rows = range(len(part.source))
-    if part.kind in ("image-text-speech", "image-speech-text", "conversation"):  # their rows are in both languages
-        rows_of_lang = [row for row in rows if re.search(rf"-{part.lang}\d+$", part.source.rows[row].key)]
-        return rows_of_lang if part.num is None else rows_of_lang[: part.num]
+    if part.kind in ("image-text-speech", "image-speech-text", "conversation"):
+        return _in_language(part)[: part.num]
     if part.num is None or part.num >= len(rows):
         return list(rows)
     return sorted(random.Random(f"{seed}/{number}").sample(rows, part.num))
+
+
+@functools.lru_cache(maxsize=4)
+def _in_language(part: Part) -> list[int]:
+    """The rows of a VSDial set, which is in both languages, that are in the part's."""
+    return [i for i, row in enumerate(part.source.rows) if re.search(rf"-{part.lang}\d+$", row.key)]
 
 
 def _ask(pool: str, part: Part, rng: random.Random) -> dict[str, Any]:
