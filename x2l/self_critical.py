@@ -130,13 +130,7 @@ class Writer:
     """
 
     def __init__(
-        self,
-        model: XLLM,
-        collator: Collator,
-        reward: Reward,
-        num: int = 5,
-        temperature: float = 1.0,
-        max_new_tokens: int = 24,
+        self, model: XLLM, collator: Collator, reward: Reward, num: int = 5, temperature: float = 1.0, max_new_tokens: int = 24
     ):
         if num < 2:
             raise ValueError(f"num={num}: a caption is compared with others of its picture, so that it takes two or more")
