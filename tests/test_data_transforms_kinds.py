@@ -21,6 +21,7 @@ from PIL import Image
 from x2l.corpora import recipe
 from x2l.data.builders import instruct, vsdial
 from x2l.data.builders.instruct import Part, build_instruct
+from x2l.data.caption_qa import question_answers
 from x2l.data.caption_qa_zh import question_answers_zh
 from x2l.data.prompts import instructions
 from x2l.data.sources import DataError, Record, read_source
@@ -243,6 +244,17 @@ def make_photos(path: Path, num: int = 40) -> Path:
                   "zh": [f"两只{'黑白棕'[i % 3]}色的狗在海滩上奔跑"] * 5, "source": "test"}  # fmt: skip
         rows[f"p{i:03d}"] = {"png": picture((i, 3, 3)), "json": json.dumps(fields).encode()}
     return write_shard(path, rows)
+
+
+def test_each_fact_is_asked_in_a_wording_of_the_split(tmp_path: Path) -> None:
+    source = read_source(str(make_photos(tmp_path / "photos.tar")))
+    asked = {test: vsdial.questions(source, test, num_pairs=99) for test in (False, True)}
+    for test, found in asked.items():
+        assert all(vsdial.held_out(each.question, 0) == test for each in found)
+    drawn = [pair for row in source for pair in question_answers(row.fields["en"], random.Random(row.key), 99)]
+    by_chance = sum(vsdial.held_out(pair.question, 0) for pair in drawn)
+    english = sum(each.lang == "en" for each in asked[True])
+    assert english > 1.5 * by_chance > 0  # a held-out wording is looked for, not waited for
 
 
 def test_vsdial_and_instruction_set(hum: None, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from typer.testing import CliRunner
 from x2l.data.sources import read_source
 from x2l.eval import commands, controls, masr, questions, records, tasks
 from x2l.eval.predict import predict
-from x2l.types import Sample
+from x2l.types import Part, Sample
 
 INFO = {"checkpoint": "0" * 64, "device": "cpu", "dtype": "float32"}
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "white": (250, 250, 250)}
+
+
+SHADES = ("bright", "bright", "bright", "dark", "dark", "pale")  # what answers say
 
 
 def shade(rgb: tuple[int, int, int], photo: int) -> bytes:
@@ -33,11 +37,15 @@ def write_rows(path: Path, num_photos: int = 24, per_photo: int = 3) -> str:
         name = list(COLOURS)[photo % 4]
         word = f"{chr(97 + i // 26)}{chr(97 + i % 26)}"
         text = f"is it {name} number {word}" if i % per_photo < 2 else "是什么颜色"
+        answer = f"It is {SHADES[photo % len(SHADES)]}."
         fields = {
             "text": text,
             "lang": "en" if i % per_photo < 2 else "zh",
             "kind": "colour" if i % per_photo == 0 else "where",
-            "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"It is bright {photo}."}],
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": answer},
+            ],
         }
         rows[f"q{i:03}"] = {
             "png": shade(COLOURS[name], photo),
@@ -140,13 +148,29 @@ def test_the_command_says_how_many_questions_training_knows(tmp_path: Path, monk
 
 def test_spoken_questions_about_photos(tmp_path: Path) -> None:
     asked = questions.spoken_vqa(read_source(write_rows(tmp_path)))
-    assert len(asked) == 24  # English, and answered in a word
-    assert asked[1].meta["references"] == ["bright"]
+    said = Counter(sample.meta["references"][0] for sample in asked)  # English, answered in a word: 12 bright, 8 dark, 4 pale
+    assert said == {"bright": 4, "dark": 4, "pale": 4}
     assert [part.type for part in asked[0].messages[0].content] == ["image", "speech"]
     swapped = controls.CONTROLS["wrong-speech"](asked, lambda part: records.sha256(part.bytes), 0)
     for before, after in zip(asked, swapped, strict=True):
         assert before.media[0] == after.media[0]
         assert before.media[1] != after.media[1]
+
+
+def test_the_same_question_in_writing(tmp_path: Path) -> None:
+    rows = {f"{row.key}/spoken-vqa": row.fields["text"] for row in read_source(write_rows(tmp_path))}
+    asked = questions.spoken_vqa(read_source(str(tmp_path / "test-*.tar")))
+    for spoken, typed in zip(asked, controls.typed(asked, lambda part: "", 0), strict=True):
+        photo, question = typed.messages[0].content
+        assert photo == spoken.media[0]
+        assert question == Part("text", text=rows[spoken.id])
+
+
+def test_a_question_that_is_easier_in_writing_is_not_blind() -> None:
+    plain, typed = ({"task": "qa", "control": name, "scores": {"contains": {"value": 30.0 + 20 * bool(name), "low": 25.0}}}
+                    for name in (None, "typed"))  # fmt: skip
+    assert tasks.solved_blind(plain, typed) == []
+    assert tasks.solved_blind(plain, typed | {"control": "blank"}) == ["contains"]
 
 
 def test_a_run_is_scored_with_another_normaliser(tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import picture, write_shard
-from test_stage3 import noise, root, shrunk, untrained  # noqa: F401 (root is a fixture)
+from test_stage3 import LAST, noise, root, shrunk, untrained  # noqa: F401 (root is a fixture)
 from typer.testing import CliRunner
 
 from x2l import reproduce, words
 from x2l.cli import app
-from x2l.config import load_train_config
 from x2l.eval import records
 from x2l.reproduce import FINDINGS, SCALES, Lab, verdict
 
@@ -37,10 +35,13 @@ def recipes(llm_folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.Mo
         row = json.dumps(said | {"messages": turns}).encode()
         spoken[f"q{i}"] = {"png": picture((9, 40 * i, 90)), "wav": noise(i), "json": row}
     write_shard(root / "vsdial-mini" / "test-0000.tar", spoken)
-    return {name: str(shrunk(name, llm_folder, root, tmp_path)) for name in NAMES}
+    found = {name: str(shrunk(name, llm_folder, root, tmp_path)) for name in NAMES}
+    english = {"modalities.image.interface.0": f"qformer:{tmp_path / LAST['image']}/final/image.safetensors"}
+    chinese = shrunk("bilingual/stage2_image", llm_folder, root, tmp_path / "zh", init=english)
+    return found | {"bilingual/stage2_image": str(chinese)}
 
 
-@pytest.mark.parametrize("name", ["a", "b", "d", "e"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
 def test_each_finding_ends_in_a_table(name: str, recipes: dict[str, str], root: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
     lines = reproduce.reproduce([name], tmp_path / "out", root, "smoke", [0, 1], recipes=recipes)
     assert all(line.startswith(f"({name}) ") and line.endswith((": holds", ": open", ": reversed")) for line in lines)
@@ -51,19 +52,21 @@ def test_each_finding_ends_in_a_table(name: str, recipes: dict[str, str], root: 
     assert reproduce.reproduce([name], tmp_path / "out", root, "smoke", [0, 1], recipes=recipes) == lines
 
 
-def test_transfer_trains_english_first(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
-    model = load_train_config(recipes["tiny/stage2_image"]).model.model_dump(mode="json")
-    (tmp_path / "zh.yaml").write_text(yaml.safe_dump(model))
-    lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, str(tmp_path / "zh.yaml"), recipes)
+def test_transfer_starts_from_the_english_q_former(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
+    lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, recipes)
     (found,) = FINDINGS["c"](lab)
     assert records.read_json(found.better / "scores.json")["langs"] == ["zh"]
-    told = json.loads((tmp_path / "out/zh-transfer/seed0/config.json").read_text())
-    assert told["init"] == {"modalities.image.interface": str(tmp_path / "out/zh-english/seed0/final/image.safetensors")}
-    assert told["data"][0]["tasks"] == {"caption": {"lang": "zh", "num": 2}}
+    told = {arm: json.loads((tmp_path / f"out/{arm}/seed0/config.json").read_text()) for arm in ("zh-transfer", "zh-scratch")}
+    english = f"qformer:{tmp_path}/stage2_image_scored/final/image.safetensors"
+    assert told["zh-transfer"]["init"] == {"modalities.image.interface.0": english}
+    assert told["zh-scratch"]["init"] == {}
+    told["zh-scratch"] |= {"init": told["zh-transfer"]["init"], "run": told["zh-transfer"]["run"]}
+    assert told["zh-scratch"] == told["zh-transfer"]  # the start is all that differs
+    assert told["zh-transfer"]["data"][0]["tasks"] == {"caption": {"lang": "zh", "num": 2}}
 
 
 def test_less_data_is_a_part_of_the_photos(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
-    lab = Lab(tmp_path, root, SCALES["smoke"]._replace(few=7), 0, None, recipes)
+    lab = Lab(tmp_path, root, SCALES["smoke"]._replace(few=7), 0, recipes)
     sources = lab.recipe("tiny/stage2_image").data
     (source,) = reproduce.thinned(lab, sources, few=True)
     assert (source.holdout.field, source.holdout.percent, source.holdout.part) == ("en", 7, "held_out")
@@ -71,7 +74,7 @@ def test_less_data_is_a_part_of_the_photos(recipes: dict[str, str], root: Path, 
 
 
 def test_stage_3_is_compared_with_what_it_starts_from(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
-    lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, None, recipes)
+    lab = Lab(tmp_path / "out", root, SCALES["smoke"], 0, recipes)
     models = reproduce.around_stage3(lab)
     before, after = ({name: part.weights for name, part in models[stage].modalities.items()} for stage in ("stage2", "stage3"))
     assert before["image"] == str(tmp_path / "stage2_image_scored/final/image.safetensors")
@@ -80,9 +83,9 @@ def test_stage_3_is_compared_with_what_it_starts_from(recipes: dict[str, str], r
 
 def test_what_is_missing_is_told_and_the_rest_runs(recipes: dict[str, str], root: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "stage2_speech/final/speech.safetensors").unlink()
-    lines = reproduce.reproduce(["c", "d"], tmp_path / "out", root, "smoke", [0], recipes=recipes)
-    assert lines[0] == "(c) left out: needs an LLM that writes Chinese: --bilingual RECIPE"
-    assert "speech.safetensors: train the stages before (x2l train tiny/all)" in lines[1]
+    lines = reproduce.reproduce(["d", "c"], tmp_path / "out", root, "smoke", [0], recipes=recipes)
+    assert "speech.safetensors: train the stages before (x2l train tiny/all)" in lines[0]
+    assert lines[1].startswith("(c) Chinese after English")
     nowhere = reproduce.reproduce(["e"], tmp_path / "out", tmp_path, "smoke", [0], recipes=recipes)
     assert "x2l data make vsdial-mini" in nowhere[0]
 

@@ -148,7 +148,6 @@ def reproduce(
     only: Annotated[Optional[list[str]], typer.Option(help="a finding, a to e; may be repeated")] = None,  # noqa: UP045
     scale: Annotated[str, typer.Option(help="smoke, small, medium or full")] = "small",
     seed: Annotated[Optional[list[int]], typer.Option(help="may be repeated; 0 and 1 by default")] = None,  # noqa: UP045
-    bilingual: Annotated[Optional[str], typer.Option(help="model recipe whose LLM writes Chinese, for (c)")] = None,  # noqa: UP045
     out: Annotated[Path, typer.Option(help="folder of runs and tables; a killed run goes on from here")] = Path("runs/reproduce"),
 ) -> None:
     """Check the paper's findings: a table each, and whether it holds by its interval in every seed (docs/train.md).
@@ -161,7 +160,7 @@ def reproduce(
     from x2l.reproduce import reproduce as run
 
     logging.getLogger("x2l").setLevel(logging.INFO)
-    for line in run(only or list(FINDINGS), out, data_root, scale, seed or [0, 1], bilingual):
+    for line in run(only or list(FINDINGS), out, data_root, scale, seed or [0, 1]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

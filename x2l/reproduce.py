@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from x2l.assistant import Assistant
 from x2l.build import build
-from x2l.config import HoldoutConfig, ModelConfig, TrainConfig, load_model_config, load_train_config
+from x2l.config import HoldoutConfig, ModelConfig, TrainConfig, load_train_config
 from x2l.data.sources import Record, read_source
 from x2l.eval import questions, records, tasks
 from x2l.eval.predict import predict
 from x2l.eval.report import format_score
 from x2l.train import train
-from x2l.types import RunError, Sample, user
+from x2l.types import RunError, Sample
 
 
 class Scale(NamedTuple):
@@ -63,14 +63,12 @@ class Lab:
 
     Args:
         recipes: recipe name -> path of another recipe in its place (tests train tiny random models).
-        bilingual: a model recipe whose LLM writes Chinese, for finding (c).
     """
 
     out: Path
     data_root: Path
     scale: Scale
     seed: int
-    bilingual: str | None = None
     recipes: Mapping[str, str] = field(default_factory=dict)
 
     def recipe(self, name: str) -> TrainConfig:
@@ -116,19 +114,21 @@ class Lab:
 # ---------------------------------------------------------------- (a), (b), (c): the image interface
 
 
-def image_arm(lab: Lab, arm: str, init: Path | None, lang: str = "en", few: bool = False, model: ModelConfig | None = None) -> Path:
-    """Stage 2 of the image interface on captions: from ``init`` or from nothing, on all photos or few."""
+def image_arm(
+    lab: Lab, arm: str, start: Mapping[str, str], lang: str = "en", few: bool = False, model: ModelConfig | None = None
+) -> Path:
+    """Stage 2 of the image interface on captions: from the weights of ``start`` (``init`` of a recipe), on all photos or few."""
     cfg = lab.recipe("tiny/stage2_image")
-    start = {} if init is None else {"modalities.image.interface": str(init / "image.safetensors")}
     data = [source.model_copy(update={"tasks": {"caption": {"lang": lang, "num": 2}}}) for source in cfg.data]
-    changes = {"init": start, "data": thinned(lab, data, few), "model": model or cfg.model, "fresh": ["image"]}
+    changes = {"init": dict(start), "data": thinned(lab, data, few), "model": model or cfg.model, "fresh": ["image"]}
     return lab.train(arm, cfg, lab.scale.steps, lab.scale.batch, **changes)
 
 
-def words_arm(lab: Lab, arm: str, few: bool = False) -> Path:
-    """Stage 1 of the image interface."""
+def words_arm(lab: Lab, arm: str, few: bool = False) -> dict[str, str]:
+    """Stage 1 of the image interface, as a start of stage 2."""
     cfg = lab.recipe("tiny/stage1_image")
-    return lab.train(arm, cfg, lab.scale.words, WORDS_BATCH * lab.scale.batch, data=thinned(lab, cfg.data, few))
+    final = lab.train(arm, cfg, lab.scale.words, WORDS_BATCH * lab.scale.batch, data=thinned(lab, cfg.data, few))
+    return {"modalities.image.interface": str(final / "image.safetensors")}
 
 
 def thinned(lab: Lab, sources: Sequence[Any], few: bool) -> list[Any]:
@@ -150,7 +150,7 @@ def captions(lab: Lab, arm: str, weights: Path, lang: str = "en", model: ModelCo
 def initialised(lab: Lab) -> list[Comparison]:
     """(a) A Q-Former that has learned to read pictures before beats one from nothing."""
     start = image_arm(lab, "init", words_arm(lab, "words"))
-    better, worse = captions(lab, "init", start), captions(lab, "no-init", image_arm(lab, "no-init", None))
+    better, worse = captions(lab, "init", start), captions(lab, "no-init", image_arm(lab, "no-init", {}))
     return [Comparison("stage 1 before stage 2 > stage 2 from nothing", "CIDEr", better, worse)]
 
 
@@ -162,15 +162,13 @@ def more_data(lab: Lab) -> list[Comparison]:
 
 
 def transferred(lab: Lab) -> list[Comparison]:
-    """(c) An interface that was trained on English captions is a good start for Chinese ones."""
-    if lab.bilingual is None:
-        raise Missing("needs an LLM that writes Chinese: --bilingual RECIPE")
-    whole = load_model_config(lab.bilingual)
-    model = whole.model_copy(update={"modalities": {"image": whole.modalities["image"].model_copy(update={"weights": None})}})
-    english = image_arm(lab, "zh-english", None, model=model)
-    chinese = image_arm(lab, "zh-transfer", english, "zh", model=model)
-    scratch = image_arm(lab, "zh-scratch", None, "zh", model=model)
-    runs = [captions(lab, arm, found, "zh", model) for arm, found in (("zh-transfer", chinese), ("zh-scratch", scratch))]
+    """(c) A Q-Former that learned from English captions, before another LLM, is a good start for Chinese ones."""
+    cfg = lab.recipe("bilingual/stage2_image")
+    model = cfg.model.model_copy(update={"modalities": {"image": cfg.model.modalities["image"]}})
+    runs = []
+    for arm, start in (("zh-transfer", cfg.init), ("zh-scratch", {})):
+        weights = image_arm(lab, arm, start, "zh", model=model)
+        runs.append(captions(lab, arm, weights, "zh", model))
     return [Comparison("Chinese after English > Chinese from nothing", "CIDEr", *runs)]
 
 
@@ -207,17 +205,14 @@ def recognised(lab: Lab) -> list[Comparison]:
 
 def composed(lab: Lab) -> list[Comparison]:
     """(e) Interfaces trained apart answer a spoken question about a photo, and better after stage 3."""
-    rows = lab.test("vsdial-mini/test-*.tar")
-    asked = questions.draw(questions.spoken_vqa(rows), lab.scale.items, lab.seed)
-    text = {f"{row.key}/spoken-vqa": row.fields["text"] for row in rows}
-    typed = [replace(s, messages=(user(*(part for part in s.media if part.type == "image"), text[s.id]),)) for s in asked]
+    asked = questions.draw(questions.spoken_vqa(lab.test("vsdial-mini/test-*.tar")), lab.scale.items, lab.seed)
     runs, found = dict[str, Path](), list[Comparison]()
     for stage, model in around_stage3(lab).items():
         runs[stage] = lab.ask(f"{stage}-spoken", model, "qa", asked)
         for control in ("wrong-image", "blank"):
             other = lab.ask(f"{stage}-spoken", model, "qa", asked, control)
             found.append(Comparison(f"after {stage}: the photo > {control}", "contains", runs[stage], other))
-        written = lab.ask(f"{stage}-typed", model, "qa", typed)
+        written = lab.ask(f"{stage}-spoken", model, "qa", asked, "typed")
         found.append(Comparison(f"after {stage}: the typed question > the spoken one", "contains", written, runs[stage]))
     return [Comparison("spoken: after stage3 > after stage2", "contains", runs["stage3"], runs["stage2"]), *found]
 
@@ -269,7 +264,7 @@ def table(found: Sequence[Sequence[Comparison]], seeds: Sequence[int]) -> tuple[
 
 def reproduce(
     names: Sequence[str], out: Path, data_root: Path, scale: str = "small", seeds: Sequence[int] = (0, 1),
-    bilingual: str | None = None, recipes: Mapping[str, str] | None = None,
+    recipes: Mapping[str, str] | None = None,
 ) -> list[str]:  # fmt: skip
     """Run findings and write ``out/<scale>/<name>.md`` for each; returns a line for each claim, and for what is left out.
 
@@ -283,7 +278,7 @@ def reproduce(
         )
     folder, lines = out / scale, []
     folder.mkdir(parents=True, exist_ok=True)
-    labs = [Lab(folder, data_root, SCALES[scale], seed, bilingual, recipes or {}) for seed in seeds]
+    labs = [Lab(folder, data_root, SCALES[scale], seed, recipes or {}) for seed in seeds]
     for name in names:
         finding = FINDINGS[name]
         try:

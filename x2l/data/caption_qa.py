@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from x2l.data import caption_words as words
@@ -41,6 +41,8 @@ class Fact(NamedTuple):
     phrasing: str
     slots: dict[str, str]
 
+
+Wanted = Callable[[str], bool]
 
 WHERE = {
     place: re.compile(rf"\b(?:{prepositions}) (?:(?!of |and |with |in |on )[a-z-]+ ){{0,3}}(?:{nouns})\b")
@@ -241,12 +243,13 @@ RULES: dict[str, Callable[[Scene, random.Random], Iterator[Fact]]] = {
 }
 
 
-def question_answers(captions: list[str], rng: random.Random, num_pairs: int) -> list[QA]:
+def question_answers(captions: list[str], rng: random.Random, num_pairs: int, may_ask: Wanted = lambda question: True) -> list[QA]:
     """Up to ``num_pairs`` questions of different kinds about a photo, in random order.
 
     Args:
         captions: independent English descriptions of one photo; five are usual, fewer yield fewer facts.
         rng: chooses rules, facts and phrasings; the same seed gives the same pairs.
+        may_ask: which questions are wanted; a fact is asked about in a phrasing of these, or not at all.
     """
     scene = Scene([TOKEN.findall(caption) for caption in captions])
     kinds = list(RULES)
@@ -258,8 +261,14 @@ def question_answers(captions: list[str], rng: random.Random, num_pairs: int) ->
             fact = rng.choice(facts)
             questions, answers = phrasings("qa", "en")[fact.phrasing]
             answer = rng.choice(answers).format(**fact.slots)
-            pairs.append(QA(kind, rng.choice(questions).format(**fact.slots), answer[0].upper() + answer[1:]))
+            if wanted := asked(questions, fact, may_ask):
+                pairs.append(QA(kind, rng.choice(wanted), answer[0].upper() + answer[1:]))
     return pairs
+
+
+def asked(questions: Sequence[str], fact: Fact, may_ask: Wanted) -> list[str]:
+    """The wanted ones of a fact's questions."""
+    return [text for question in questions if may_ask(text := question.format(**fact.slots))]
 
 
 def _counted(thing: str, number: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 
-from x2l.data.caption_qa import QA, RULES, Fact
+from x2l.data.caption_qa import QA, RULES, Fact, Wanted, asked
 from x2l.data.caption_scene import TOKEN, Scene
 from x2l.data.prompts import phrasings
 
@@ -139,12 +139,15 @@ NUMBERS = dict(zip("one two three four five six seven".split(), "一两三四五
 SETTINGS = {"indoors": "室内", "outdoors": "室外"}
 
 
-def question_answers_zh(english: list[str], chinese: list[str], rng: random.Random, num_pairs: int) -> list[QA]:
+def question_answers_zh(
+    english: list[str], chinese: list[str], rng: random.Random, num_pairs: int, may_ask: Wanted = lambda question: True
+) -> list[QA]:
     """Up to ``num_pairs`` Chinese questions of different kinds about a photo, in random order.
 
     Args:
         english, chinese: independent descriptions of one photo.
         rng: chooses rules, facts and phrasings; the same seed gives the same pairs.
+        may_ask: as of `question_answers`.
     """
     scene, native = Scene([TOKEN.findall(caption) for caption in english]), " ".join(chinese)
     kinds = list(KINDS)
@@ -156,7 +159,8 @@ def question_answers_zh(english: list[str], chinese: list[str], rng: random.Rand
         if facts:
             fact = rng.choice(facts)
             questions, answers = phrasings("qa", "zh")[fact.phrasing]
-            pairs.append(QA(kind, rng.choice(questions).format(**fact.slots), rng.choice(answers).format(**fact.slots)))
+            if wanted := asked(questions, fact, may_ask):
+                pairs.append(QA(kind, rng.choice(wanted), rng.choice(answers).format(**fact.slots)))
     return pairs
 
 

@@ -1,6 +1,6 @@
 """Control conditions: the same questions with the image, sound or video swapped, blanked or taken away.
 
-A score that does not fall under a control was not earned by looking.
+A score that does not fall under a control was not earned by looking; ``typed`` alone makes a question easier.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def silence(samples: Sequence[Sample], key: Key, seed: int, modality: str = "aud
     return [_swap(sample, modality, [nothing for p in sample.media if p.type == modality]) for sample in samples]
 
 
+def typed(samples: Sequence[Sample], key: Key, seed: int) -> list[Sample]:
+    """Every spoken question in writing, as ``sample.meta["typed"]`` has it: the same, with nothing to hear."""
+    return [_swap(sample, "speech", [Part("text", text=sample.meta["typed"])]) for sample in samples]
+
+
 CONTROLS: dict[str, Callable[..., list[Sample]]] = {
     "wrong-image": wrong_image,
     "blank": blank,
@@ -95,6 +100,7 @@ CONTROLS: dict[str, Callable[..., list[Sample]]] = {
     "silence": silence,
     "wrong-video": partial(wrong_image, modality="video"),
     "wrong-speech": partial(wrong_image, modality="speech"),
+    "typed": typed,
 }
 
 

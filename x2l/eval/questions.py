@@ -59,17 +59,21 @@ def sound(records: Iterable[Record], lang: str = "en", instruction: str | None =
     ]
 
 
-def spoken_vqa(records: Iterable[Record], lang: str = "en") -> list[Sample]:
-    """Spoken questions about photos whose answer is a word or two, rows of `x2l.data.builders.vsdial`; scored as `qa`."""
-    return [
+def spoken_vqa(records: Iterable[Record], lang: str = "en", seed: int = 0) -> list[Sample]:
+    """Spoken questions about photos whose answer is a word or two, rows of `x2l.data.builders.vsdial`.
+
+    Balanced and scored as `qa`; the control ``typed`` asks the same in writing.
+    """
+    samples = [
         Sample(
             f"{record.key}/spoken-vqa",
             (user(media_part(record, "image"), media_part(record, "speech")),),
-            {"lang": lang, "kind": record.fields["kind"], "references": _short(_qa_of(record))},
+            {"lang": lang, "kind": record.fields["kind"], "references": _short(_qa_of(record)), "typed": record.fields["text"]},
         )
         for record in records
         if record.fields["lang"] == lang and record.fields["kind"] in SHORT_KINDS
     ]
+    return _balanced(samples, seed)
 
 
 def _qa_of(record: Record) -> QA:
@@ -131,23 +135,28 @@ def qa(records: Iterable[Record], seed: int = 0) -> list[Sample]:
     one (of two kinds of place, the rarer). Animals are left out, for nearly all of them are dogs. The reference is what the
     derived answer adds to its question ("What colour is the dog?" -> "brown"); score ``contains``.
     """
-    samples: dict[tuple[str, str], list[Sample]] = {}
+    samples = []
     for record in records:
         captions = [tidy(text, "en") for text in record.fields["en"]]
         pairs = question_answers(captions, random.Random(f"{seed}/{record.key}"), num_pairs=20)
         first = {pair.kind: pair for pair in reversed(pairs) if pair.kind in SHORT_KINDS}
         for kind, pair in first.items():
             meta = {"lang": "en", "kind": kind, "references": _short(pair)}
-            sample = Sample(f"{record.key}/qa-{kind}", (user(media_part(record, "image"), pair.question),), meta)
-            samples.setdefault((kind, meta["references"][0]), []).append(sample)
-    chosen = [sample for kind in SHORT_KINDS for sample in _balanced([v for (k, _), v in samples.items() if k == kind], seed)]
+            samples.append(Sample(f"{record.key}/qa-{kind}", (user(media_part(record, "image"), pair.question),), meta))
+    return _balanced(samples, seed)
+
+
+def _balanced(samples: Iterable[Sample], seed: int) -> list[Sample]:
+    """Of each kind no answer more often than its third most frequent one; nothing of a kind with one answer only."""
+    by_kind: dict[str, dict[str, list[Sample]]] = {kind: {} for kind in SHORT_KINDS}
+    for sample in samples:
+        by_kind[sample.meta["kind"]].setdefault(sample.meta["references"][0], []).append(sample)
+    chosen: list[Sample] = []
+    for by_answer in by_kind.values():
+        sizes = sorted(map(len, by_answer.values()), reverse=True)[:3]
+        if len(sizes) > 1:
+            chosen += [sample for same in by_answer.values() for sample in draw(same, sizes[-1], seed)]
     return sorted(chosen, key=lambda sample: sample.id)
-
-
-def _balanced(by_answer: list[list[Sample]], seed: int) -> list[Sample]:
-    """Of each answer at most as many samples as the third most frequent answer has; nothing where there is one answer only."""
-    sizes = sorted(map(len, by_answer), reverse=True)[:3]
-    return [sample for same in by_answer for sample in draw(same, sizes[-1], seed)] if len(sizes) > 1 else []
 
 
 def _short(pair: QA) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from x2l.data.caption_qa import question_answers
+from x2l.data.caption_qa import Wanted, question_answers
 from x2l.data.caption_qa_zh import question_answers_zh
 from x2l.data.sources import DataError, Record, Source, read_source
 from x2l.data.tasks import EXTENSIONS, tidy
@@ -40,26 +40,26 @@ class Asked(NamedTuple):
     caption: str
 
 
-def from_captions(record: Record, row: int, rng: random.Random, num_pairs: int) -> Iterator[Asked]:
-    """Questions in English, and in Chinese where there are native captions in both languages."""
+def from_captions(record: Record, row: int, rng: random.Random, num_pairs: int, may_ask: Wanted) -> Iterator[Asked]:
+    """Questions that ``may_ask`` allows: in English, and in Chinese where there are native captions in both languages."""
     english = [tidy(text, "en") for text in record.fields.get("en", [])]
     chinese = [tidy(text, "zh") for text in record.fields.get("zh", [])]
-    pairs = {"en": question_answers(english, rng, num_pairs) if english else []}
-    pairs["zh"] = question_answers_zh(english, chinese, rng, num_pairs) if english and chinese else []
+    pairs = {"en": question_answers(english, rng, num_pairs, may_ask) if english else []}
+    pairs["zh"] = question_answers_zh(english, chinese, rng, num_pairs, may_ask) if english and chinese else []
     for lang, found in pairs.items():
         for i, pair in enumerate(found):
             caption = rng.choice({"en": english, "zh": chinese}[lang])
             yield Asked(f"{record.key}-{lang}{i}", row, lang, pair.question, pair.answer, pair.kind, caption)
 
 
-def from_dialogue(record: Record, row: int, rng: random.Random, num_pairs: int) -> Iterator[Asked]:
-    """The first ``num_pairs`` questions of a dialogue with their answers."""
+def from_dialogue(record: Record, row: int, rng: random.Random, num_pairs: int, may_ask: Wanted) -> Iterator[Asked]:
+    """Of the first ``num_pairs`` questions of a dialogue, with their answers, those that ``may_ask`` allows."""
     texts = [_text(message) for message in record.fields.get("messages", [])]
     captions = [record.fields[name] for name in ("caption_zh", "caption") if name in record.fields]
     for i, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=False)):
         lang = language(question)
         caption = next((text for text in captions if language(text) == lang), "")
-        if i < num_pairs and question.strip() and answer.strip():
+        if i < num_pairs and question.strip() and answer.strip() and may_ask(question):
             yield Asked(f"{record.key}-{lang}{i}", row, lang, question, answer, "dialogue", caption)
 
 
@@ -81,7 +81,7 @@ def questions(
     """The questions of a split; unreadable rows are counted in ``source.issues``.
 
     Args:
-        source: photos with captions or dialogues. test: take held-out questions alone, else all others.
+        source: photos with captions or dialogues. test: ask in held-out wordings alone, else in all others.
         make: ``from_captions`` or ``from_dialogue``. num_pairs: questions a photo and language.
         num_rows: photos that are read, from the first.
     """
@@ -92,8 +92,7 @@ def questions(
         except DataError as error:
             source.issues.add(source.rows[row].key, error)
             continue
-        found = make(record, row, rng_of(seed, record.key), num_pairs)
-        asked += [each for each in found if held_out(each.question, seed) == test]
+        asked += make(record, row, rng_of(seed, record.key), num_pairs, lambda question: held_out(question, seed) == test)
     return asked
 
 
