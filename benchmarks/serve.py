@@ -1,8 +1,9 @@
 """The server against itself at batch 1 and against Hugging Face's generate: peer, ours, ratio and goal, in one run.
 
-    python benchmarks/serve.py [model] [tokens] [throughput|steps|first_token|decode ...]
+    python benchmarks/serve.py [model] [tokens] [--only throughput|steps|first_token|decode] [--set llm.dtype=bfloat16]
 
-Real HTTP on this machine, one thread of computing, float32. Times are CPU seconds of this process (server, engine and client
+Real HTTP on this machine, one thread of computing, float32 unless an override of the model's recipe says otherwise. Peers have an
+LLM of their own, as it is loaded: the engine packs its weights. Times are CPU seconds of this process (server, engine and client
 together), minima of runs in turns, so that other load shows little; ratios hold across machines, times do not. Answers run to
 their full length: no end token. The peers of the first token, each computing everything anew as they do: the model's own parts
 in Hugging Face's way (`generate` of the LLM on embeddings), from the file on; and a `Blip2ForConditionalGeneration` with random
@@ -11,13 +12,12 @@ weights of like size around the same LLM (ViT of 12 x 192, Q-Former of 4 x 384, 
 
 from __future__ import annotations
 
+import argparse
 import base64
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -44,12 +44,12 @@ class Bench:
     """A model, its server, and a client.
 
     Args:
-        model: recipe.
+        model, overrides: recipe.
         tokens: of each answer.
     """
 
-    def __init__(self, model: str, tokens: int):
-        self.tokens, self.assistant = tokens, Assistant.load(model)
+    def __init__(self, model: str, tokens: int, overrides: Sequence[str] = ()):
+        self.tokens, self.assistant, self.peer = tokens, Assistant.load(model, overrides), Assistant.load(model, overrides)
         self.engine = Engine(self.assistant, EngineConfig(request_seconds=1e6))  # other load may slow everything down
         self.engine.stops = set()
         self.server = Server(create_app(self.engine, ServerConfig("bench")), "127.0.0.1", 0, grace=1)
@@ -114,16 +114,15 @@ def throughput(bench: Bench) -> None:
 
 
 def steps(bench: Bench) -> None:
-    """What bounds `throughput`: a decode step of 1 and of 8 rows, and its matrix products alone."""
-    llm = bench.assistant.model.llm
-    weights = [module.weight for module in llm.modules() if isinstance(module, torch.nn.Linear)]
+    """What bounds `throughput`: a decode step of 1 and of 8 rows, and its matrix products alone; plain and packed."""
 
-    def products(rows: int) -> float:
-        inputs = {width: torch.randn(rows, 1, width) for width in {weight.shape[1] for weight in weights}}
-        work = lambda: [torch.nn.functional.linear(inputs[weight.shape[1]], weight) for weight in weights]  # noqa: E731
+    def products(llm: Any, rows: int) -> float:
+        layers = [module for module in llm.modules() if isinstance(module, torch.nn.Linear)]
+        inputs = {width: torch.randn(rows, 1, width).to(llm.dtype) for width in {layer.in_features for layer in layers}}
+        work = lambda: [layer(inputs[layer.in_features]) for layer in layers]  # noqa: E731
         return 1e3 * min(clock(work)[0] for _ in range(8))
 
-    def step(rows: int) -> float:
+    def step(llm: Any, rows: int) -> float:
         lanes = Lanes(llm, Caches(llm))
         for i in range(rows):
             length = 60 + 5 * i
@@ -132,13 +131,14 @@ def steps(bench: Bench) -> None:
 
     with torch.inference_mode():
         for what, measure in (("decode step", step), ("its matrix products", products)):
-            one, eight = measure(1), measure(8)
-            line(f"{what}, 8 x 1 row | 8 rows", 8 * one, eight, 8 * one / eight, 4.0, "ms")
+            for how, assistant in (("plain", bench.peer), ("packed", bench.assistant)):
+                one, eight = (measure(assistant.model.llm, rows) for rows in (1, 8))
+                line(f"{what}, {how}, 8 x 1 row | 8 rows", 8 * one, eight, 8 * one / eight, 4.0, "ms")
 
 
 def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
     """`generate` of one token by Hugging Face's BLIP-2 around the same LLM, its prompt as long as ours."""
-    llm, queries = bench.assistant.model.llm, 32
+    llm, queries = bench.peer.model.llm, 32
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}
     bridge = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
     config = transformers.Blip2Config(
@@ -148,20 +148,20 @@ def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
         num_query_tokens=queries,
         image_token_index=llm.config.vocab_size - 1,
     )
-    model = transformers.Blip2ForConditionalGeneration(config).eval()
+    model = transformers.Blip2ForConditionalGeneration(config).to(llm.dtype).eval()
     model.language_model = llm
     length = prompt.shape[1]
     ids = torch.tensor([[config.image_token_index] * queries + [5] * (length - queries)])
-    pixels = torch.zeros(1, 3, 224, 224)
+    pixels = torch.zeros(1, 3, 224, 224, dtype=llm.dtype)
     return lambda: model.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
 
 def first_token(bench: Bench) -> None:
     """One token about a photo: all new; its embeddings known; asked about before; the same prompt. The peers compute all anew."""
-    photo, model = bench.photos[0], bench.assistant.model
+    photo, model = bench.photos[0], bench.peer.model
 
     def embeds() -> Any:
-        return model.embed(bench.assistant.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])).embeds
+        return model.embed(bench.peer.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])).embeds
 
     def parts() -> Any:
         return model.llm.generate(inputs_embeds=embeds(), max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -198,8 +198,8 @@ def first_token(bench: Bench) -> None:
 
 def decode(bench: Bench) -> None:
     """Tokens a second of one answer, beyond its first."""
-    llm = bench.assistant.model.llm
-    ids = torch.tensor([bench.assistant.tokenizer("Tell me about the sea.")["input_ids"]])
+    llm = bench.peer.model.llm
+    ids = torch.tensor([bench.peer.tokenizer("Tell me about the sea.")["input_ids"]])
 
     def peer(tokens: int) -> Any:
         return llm.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
@@ -214,8 +214,14 @@ def decode(bench: Bench) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    bench = Bench(sys.argv[1] if len(sys.argv) > 1 else "tiny", int(sys.argv[2]) if len(sys.argv) > 2 else 48)
-    print(f"{Path(sys.argv[0]).stem}: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")
     parts = {part.__name__: part for part in (throughput, steps, first_token, decode)}
-    for name in sys.argv[3:] or parts:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("tokens", nargs="?", default=48, type=int)
+    parser.add_argument("--only", action="append", choices=parts)
+    parser.add_argument("--set", action="append", default=[], help="an override of the model's recipe: llm.dtype=bfloat16")
+    args = parser.parse_args()
+    bench = Bench(args.model, args.tokens, args.set)
+    print(f"serve: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")
+    for name in args.only or parts:
         parts[name](bench)

@@ -73,6 +73,7 @@ def test_the_image_runs_as_nobody_and_keeps_weights(steps: list[tuple[str, str]]
     assert order.index("USER") > max(i for i, name in enumerate(order) if name == "RUN"), "nothing is installed by that user"
     assert last["VOLUME"] in last["ENV"]
     assert "X2L_CACHE=/cache" in last["ENV"]
+    assert json.loads(last["ENTRYPOINT"]) == ["tini", "--", "x2l"], "x2l as process 1 would not hear SIGTERM while it loads"
     assert not [line for name, line in steps if name in ("ENV", "ARG") and "KEY" in line], "keys are given at the start alone"
     copied = {path for name, line in steps if name == "COPY" for path in line.split()[:-1]}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,11 @@ def test_transformers_stays_in_its_rooms() -> None:
     for path in sorted(ROOT.rglob("*.py")):
         if any(name.split(".")[0] == "transformers" for name in imported(path)):
             assert str(path.relative_to(ROOT)) in HUGGING_FACE
+
+
+def test_onnxruntime_reports_nothing(tmp_path: Path) -> None:
+    """It would keep a device's id at home, even when it is merely imported."""
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | {"HOME": str(tmp_path)}
+    code = "import os, x2l, onnxruntime; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    assert not list(tmp_path.rglob("*onnxruntime*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -15,6 +16,8 @@ from x2l.data.media import SAMPLE_RATE
 from x2l.recognizer import in_pieces
 from x2l.types import Message, Part, Sample
 from x2l.weights import resolve
+
+log = logging.getLogger(__name__)
 
 
 class Assistant:
@@ -34,8 +37,15 @@ class Assistant:
 
     @classmethod
     def load(cls, name: str = "tiny", overrides: Sequence[str] = ()) -> Assistant:
-        """Build a model recipe by shipped name or path, fetching its frozen weights on first use."""
-        return cls(build(load_model_config(name, overrides)))
+        """Build a model recipe by shipped name or path, fetching its frozen weights on first use.
+
+        Modalities without trained weights are left out, for untrained interfaces tell the LLM nothing; the log names them.
+        """
+        config = load_model_config(name, overrides)
+        trained = {modality: part for modality, part in config.modalities.items() if part.weights}
+        if untrained := config.modalities.keys() - trained.keys():
+            log.warning("%s reads no %s: no weights of a trained interface are given", name, " and no ".join(sorted(untrained)))
+        return cls(build(config.model_copy(update={"modalities": trained})))
 
     @property
     def reads(self) -> list[str]:

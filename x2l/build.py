@@ -169,11 +169,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def import_qformer(state: dict[str, Tensor], module: nn.Module) -> list[str]:
-    """Start a Q-Former from that of an interface to another LLM, whose adapter is of no use here.
+def import_first(state: dict[str, Tensor], module: nn.Module) -> list[str]:
+    """Start the first module of an interface, a Q-Former or a listener, from that of an interface to another LLM.
 
     Returns:
-        What of ``state`` was not used: the adapter.
+        What of ``state`` was not used: the modules behind it.
 
     Raises:
         ValueError: a tensor is missing, extra, or of another shape; the message names it.
@@ -181,7 +181,9 @@ def import_qformer(state: dict[str, Tensor], module: nn.Module) -> list[str]:
     given = {name.removeprefix("0."): tensor for name, tensor in state.items() if name.startswith("0.")}
     shapes, others = ({name: tensor.shape for name, tensor in each.items()} for each in (module.state_dict(), given))
     if differ := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
-        raise ValueError(f"not a Q-Former of these sizes; missing, extra or of another shape: {differ[:8]}")
+        raise ValueError(
+            f"does not begin with a {type(module).__name__} of these sizes; missing, extra or of another shape: {differ[:8]}"
+        )
     module.load_state_dict(given)
     return sorted(name for name in state if not name.startswith("0."))
 
@@ -191,7 +193,8 @@ IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {
     "bert": import_bert,
     "decoder": import_decoder,
     "image": import_image,
-    "qformer": import_qformer,
+    "qformer": import_first,
+    "listener": import_first,
 }
 
 

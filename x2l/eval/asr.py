@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from x2l.assistant import Assistant
-from x2l.build import load_strict
+from x2l.build import initialise, load_strict
 from x2l.checkpoint import sha256
 from x2l.config import TrainConfig
 from x2l.data.collate import raw
@@ -139,10 +139,13 @@ def cif_asr(run: Path) -> tuple[Recognizer, Any, dict[str, Any]]:
         ValueError: no finished stage 1 there.
     """
     run = resolve(str(run)) if str(run).startswith("x2l:") else run
-    if not (run / "final" / "listener.safetensors").is_file():
+    if not (run / "final" / "decoder.safetensors").is_file():
         raise ValueError(f"{run} holds no finished stage 1: run x2l train tiny/stage1_asr run={run}")
     config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
     model, vocabulary, built = asr_model(config)
+    for part, source in config.init.items():
+        if not (run / "final" / f"{part}.safetensors").is_file():  # another file of what ships holds it
+            initialise(model.get_submodule(part), source)
     for path in sorted((run / "final").glob("*.safetensors")):
         load_strict(model.get_submodule(path.stem), path, partial=bool(config.stage_args.get("moonshine")))
     encoder: Any = model.encoder

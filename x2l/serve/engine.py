@@ -21,6 +21,7 @@ from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Ti
 from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
 from x2l.serve.job import Job
 from x2l.serve.lanes import Caches, Lanes
+from x2l.serve.packed import pack
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
 
@@ -160,7 +161,8 @@ class Engine:
             return not self._closed
 
     def _allocate(self) -> None:
-        """Where the states of answers are kept."""
+        """Where the states of answers are kept, and weights for few rows."""
+        pack(self.model.llm, self.config.packed_bytes)
         with torch.inference_mode():
             self._caches = Caches(self.model.llm)
             self._lanes = Lanes(self.model.llm, self._caches)
