@@ -1,10 +1,10 @@
 """From the end of speech to the first token: a spoken turn, the recorded file, and a text prompt of as many tokens, in one run.
 
-    python benchmarks/voice.py [recipe] [rounds]
+    python benchmarks/voice.py [model] [rounds]
 
 The clock is the CPU time of this process, so that other load does not show: a frame of a spoken turn is due when the computing
 that was begun by then would be done on a core of its own, or at once where nothing is computed. One thread of computing; the
-engine itself, without HTTP. The recipe's speech interface is untrained: what it says is nonsense, what it takes is not.
+engine itself, without HTTP.
 
     text      a text prompt of as many tokens; the template before it is known already, as it is to a server that has been up
     file      the recording as a file, sent when it is complete
@@ -28,8 +28,6 @@ import numpy as np
 import torch
 
 from x2l.assistant import Assistant
-from x2l.build import build
-from x2l.config import load_train_config
 from x2l.data.media import decode_audio
 from x2l.serve.answer import Answer, Decode
 from x2l.serve.chat import submit
@@ -68,12 +66,10 @@ class Workers(ThreadPoolExecutor):
 
 
 class Bench:
-    """An engine whose speech interface is untrained."""
+    """An engine with nobody else to serve."""
 
-    def __init__(self, recipe: str):
-        torch.manual_seed(0)
-        shipped = "model.modalities.speech.encoder.weights=x2l:tiny/asr/final/encoder.safetensors"
-        self.engine = Engine(Assistant(build(load_train_config(recipe, [shipped]).model)), EngineConfig(request_seconds=1e6))
+    def __init__(self, model: str):
+        self.engine = Engine(Assistant.load(model), EngineConfig(request_seconds=1e6))
         self.workers = Workers()
 
     @property
@@ -133,9 +129,9 @@ def cut(sound: np.ndarray, seconds: float) -> bytes:
     return sound[: pauses.voiced_until].astype("<i2").tobytes()
 
 
-async def main(recipe: str = "tiny/stage2_speech", rounds: int = 3) -> None:
+async def main(model: str = "tiny", rounds: int = 3) -> None:
     torch.set_num_threads(1)
-    bench = Bench(recipe)
+    bench = Bench(model)
     sound = (decode_audio(resolve(SOUND, SHA256)) * 32_767).astype(np.int16)
     silence = bytes(2 * int(SILENCE * RATE))
     print(f"{Path(sys.argv[0]).stem}: ms to the first token, least of {rounds}, and ratio to text; goal {GOAL}x")
