@@ -225,3 +225,4 @@ if __name__ == "__main__":
     print(f"serve: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")
     for name in args.only or parts:
         parts[name](bench)
+    bench.engine.close()

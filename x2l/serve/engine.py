@@ -1,6 +1,6 @@
 """The engine: conversations in, streamed answers out, many at a time on one loaded model.
 
-One thread owns the model. Each turn of its loop computes one chunk of one waiting prompt and then one token of every
+One thread owns the model. Each turn of its loop computes a chunk of the waiting prompts and then one token of every
 answer in progress (continuous batching). HTTP, web page and scripts share one Engine object.
 """
 
@@ -56,6 +56,7 @@ class Engine:
         self._allocate()
         self.stops = set(assistant.eos)  # ids that end an answer
         self._active = list[Job]()  # rows of _lanes belong to them, in order
+        self._ready = list[Job]()  # their prompts are complete; they become rows before the next token
         self._waiting: deque[Job] = deque()
         self._filling: Job | None = None
         self._open = 0  # answers that are not finished, those whose media are still being decoded included
@@ -149,7 +150,7 @@ class Engine:
         finally:
             with self._wake:
                 self._closed = True
-            for job in [*self._active, *self._waiting, *([self._filling] if self._filling else [])]:
+            for job in [*self._active, *self._ready, *self._waiting, *([self._filling] if self._filling else [])]:
                 self._fail(job, EngineError("the engine has stopped"))
 
     def _await_work(self) -> bool:
@@ -169,22 +170,20 @@ class Engine:
 
     def _turn(self) -> None:
         self._drop()
-        ready: Job | None = None
         try:
-            ready = self._fill()
+            self._fill()
         except Exception as error:
             self._reject(error)
         try:
-            if ready is not None:
-                self._lanes.join(ready.cache, ready.prompt_length)
-                ready.cache = None
-                self._active.append(ready)
-                ready = None
+            while self._ready:
+                self._lanes.join(self._ready[0].cache, self._ready[0].prompt_length)
+                self._ready[0].cache = None
+                self._active.append(self._ready.pop(0))
             if self._active:
                 self._step()
         except Exception:
             self.stats.errors += 1
-            lost, self._active = [*self._active, *([ready] if ready else [])], []
+            lost, self._active, self._ready = [*self._active, *self._ready], [], []
             self._lanes = Lanes(self.model.llm, self._caches)
             log.exception("a decode step failed; %d answers are lost", len(lost))
             for job in lost:
@@ -221,11 +220,19 @@ class Engine:
             else:
                 self._fail(job, Timeout(f"the request took longer than {self.config.request_seconds:g} s"))
 
-    def _fill(self) -> Job | None:
-        """Compute one chunk of one prompt; the job when its prompt is complete and its answer needs more than one token."""
+    def _fill(self) -> None:
+        """Compute waiting prompts, a chunk of positions in all; those that are complete become ready."""
+        chunk = room = self.config.prefill_chunk
+        while room > 0 and (job := self._next()):
+            if room < chunk and job.prompt_length - job.length > room:
+                return  # a prompt is cut where it would be if it came alone
+            room -= self._read(job, chunk)
+
+    def _next(self) -> Job | None:
+        """The prompt to go on with, laid out; None where none waits, or there is no room for its answer."""
         if self._filling is None:
             with self._wake:
-                if not self._waiting or len(self._active) >= self.config.max_batch:
+                if not self._waiting or len(self._active) + len(self._ready) >= self.config.max_batch:
                     return None
                 self._filling = self._waiting.popleft()
         job = self._filling
@@ -235,23 +242,28 @@ class Engine:
             return None
         if job.cache is None:
             self._recall(job)
+        return job
+
+    def _read(self, job: Job, chunk: int) -> int:
+        """Compute the next chunk of a prompt, and with its end the answer's first token; returns how many positions that were."""
         assert job.embeds is not None
-        end = min(job.length + self.config.prefill_chunk, job.prompt_length)
+        start, end = job.length, min(job.length + chunk, job.prompt_length)
         out = self.model.llm(
-            inputs_embeds=job.embeds[:, job.length : end],
-            position_ids=torch.arange(job.length, end, device=self.model.device)[None],
+            inputs_embeds=job.embeds[:, start:end],
+            position_ids=torch.arange(start, end, device=self.model.device)[None],
             use_cache=True,
             logits_to_keep=1,
             **{self._caches.name: job.cache},
         )
         job.cache, job.length = out[self._caches.name], end
-        if end < job.prompt_length:
-            return None
-        self.stats.prompt_tokens += job.prompt_length
-        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
-        ended = self._append(job, self._choose(job, out.logits[:, -1]))
-        self._filling = None
-        return None if ended else job
+        if end == job.prompt_length:
+            self.stats.prompt_tokens += job.prompt_length
+            self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
+            ended = self._append(job, self._choose(job, out.logits[:, -1]))
+            self._filling = None
+            if not ended:
+                self._ready.append(job)
+        return end - start
 
     def _embed(self, job: Job) -> None:
         """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings."""
@@ -267,9 +279,9 @@ class Engine:
 
     def _fits(self, job: Job) -> bool:
         """Whether the states of one more row, padded as rows are, stay in bounds; a row alone always fits."""
-        room = min(job.limit, self.intake.context - job.prompt_length)
-        longest = max([job.prompt_length + room, *(other.prompt_length + other.limit for other in self._active)])
-        return not self._active or (len(self._active) + 1) * longest * self._caches.bytes_per_position <= self.config.kv_bytes
+        room, others = min(job.limit, self.intake.context - job.prompt_length), [*self._active, *self._ready]
+        longest = max([job.prompt_length + room, *(other.prompt_length + other.limit for other in others)])
+        return not others or (len(others) + 1) * longest * self._caches.bytes_per_position <= self.config.kv_bytes
 
     def _recall(self, job: Job) -> None:
         """Start from the states of the longest prefix that was computed before."""

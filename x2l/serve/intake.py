@@ -32,7 +32,7 @@ class EngineConfig:
     max_queue: int = 64
     max_new_tokens: int = 1024  # of one answer
     max_text_chars: int = 1_000_000  # of one conversation, before it is tokenised
-    prefill_chunk: int = 512  # positions of a prompt that are computed between two tokens of the other answers
+    prefill_chunk: int = 512  # positions of prompts that are computed between two tokens of the answers in progress
     kv_bytes: int = 2 << 30  # states of all answers in progress
     prefix_bytes: int = 512 << 20
     embedding_bytes: int = 256 << 20
