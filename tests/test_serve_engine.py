@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,33 @@ def test_bounded_states_make_rows_wait(model: Assistant) -> None:
         assert engine.stats.steps >= 8
     finally:
         engine.close()
+
+
+def test_answers_in_progress_wait_for_one_prompts_media_and_a_chunk(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of their tokens no more is computed, however many wait; with nobody to wait for, prompts go together."""
+    engine = Engine(model, EngineConfig(prefill_chunk=64, max_batch=8))
+    engine.stops = set()
+    turns: list[list[tuple[int, bool]]] = [[]]  # for each token: positions of the prompts before it, and whether media ran
+    read, embed, step, looked = engine._read, engine._embed, engine._step, []
+
+    def reads(job: Any, chunk: int) -> int:
+        turns[-1].append((read(job, chunk), bool(looked and looked.pop())))
+        return turns[-1][-1][0]
+
+    monkeypatch.setattr(engine, "_embed", lambda job: looked.append(embed(job)) or looked[-1])
+    monkeypatch.setattr(engine, "_read", reads)
+    monkeypatch.setattr(engine, "_step", lambda: (turns.append([]), step()))
+    long = engine.submit([user("Hello")], Decode(60))
+    next(iter(long))
+    asked = [[user(image(picture((i, 0, 200))), "?")] for i in range(4)] + [[user(f"{i}?")] for i in range(20)]
+    answers = [engine.submit(messages, Decode(1)) for messages in asked]
+    assert ["".join(answer) for answer in answers] == [alone(model, messages, 1) for messages in asked]
+    "".join(long)
+    engine.close()
+    assert all(sum(ran for _, ran in turn) <= 1 and len(turn) <= 8 for turn in turns[1:])
+    assert all(sum(positions for positions, _ in turn) <= 64 for turn in turns[1:])
+    assert max(map(len, turns)) > 1
+    assert sum(ran for turn in turns for _, ran in turn) == 4
 
 
 def test_an_overdue_request_ends_with_an_error(model: Assistant) -> None:

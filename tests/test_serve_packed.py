@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from x2l.serve.packed import Packed, pack
+from x2l.build import bf16_in_hardware
+from x2l.serve.packed import Packed, pack, unpack
 
 
 def layers(dtype: torch.dtype) -> nn.Sequential:
@@ -24,7 +25,7 @@ def test_the_same_products(dtype: torch.dtype, rows: int) -> None:
         plain, exact = model(x), model.double()(x.double())
         model.to(dtype)
         size = pack(model, 1 << 20)
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if dtype == torch.bfloat16 and not bf16_in_hardware():
             assert size == 0
         else:
             assert size == sum(layer.weight.nbytes for layer in model if isinstance(layer, nn.Linear))
@@ -51,6 +52,16 @@ def test_gradients_flow() -> None:
     model(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_unpacked_it_is_what_it_was() -> None:
+    model, x = layers(torch.float32), torch.randn(8, 96)
+    with torch.inference_mode():
+        before = model(x)
+        pack(model, 1 << 20)
+        unpack(model)
+        assert torch.equal(model(x), before)
+    assert not any("forward" in vars(layer) for layer in model)
 
 
 def test_what_is_too_large_is_left_alone() -> None:

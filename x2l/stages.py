@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from x2l import words
 from x2l.align import Aligner
 from x2l.asr import CIFASR, Decoder, Spoken, import_moonshine
 from x2l.blip2 import NUM_SPECIAL, Blip2
-from x2l.build import Built, build, initialise
+from x2l.build import Built, bf16_in_hardware, build, initialise
 from x2l.checkpoint import frozen_digest
 from x2l.config import TrainConfig
 from x2l.data.cache import FeatureCache
@@ -251,14 +250,6 @@ STAGES: dict[str, Callable[[TrainConfig], Stage]] = {
 def compute_dtype(cfg: TrainConfig) -> torch.dtype:
     """bfloat16 where the recipe asks for it and the device has it; an emulating CPU is 4 to 10 times slower than in float32."""
     return torch.bfloat16 if cfg.precision == "bf16" and (torch.cuda.is_available() or bf16_in_hardware()) else torch.float32
-
-
-def bf16_in_hardware() -> bool:
-    """Whether the processor multiplies in bfloat16; PyTorch's own answer is yes for any AVX-512, which emulates it."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not on_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def is_trained(module: nn.Module) -> bool:

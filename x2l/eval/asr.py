@@ -144,7 +144,7 @@ def cif_asr(run: Path) -> tuple[Recognizer, Any, dict[str, Any]]:
     config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
     model, vocabulary, built = asr_model(config)
     for part, source in config.init.items():
-        if not (run / "final" / f"{part}.safetensors").is_file():  # another file of what ships holds it
+        if "." not in part and not (run / "final" / f"{part}.safetensors").is_file():  # another file of what ships holds it
             initialise(model.get_submodule(part), source)
     for path in sorted((run / "final").glob("*.safetensors")):
         load_strict(model.get_submodule(path.stem), path, partial=bool(config.stage_args.get("moonshine")))

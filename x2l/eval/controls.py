@@ -88,7 +88,13 @@ def silence(samples: Sequence[Sample], key: Key, seed: int, modality: str = "aud
 
 
 def typed(samples: Sequence[Sample], key: Key, seed: int) -> list[Sample]:
-    """Every spoken question in writing, as ``sample.meta["typed"]`` has it: the same, with nothing to hear."""
+    """Every spoken question in writing, as ``sample.meta["typed"]`` has it: the same, with nothing to hear.
+
+    Raises:
+        ValueError: a sample says not what is asked in it.
+    """
+    if unknown := [sample.id for sample in samples if "typed" not in sample.meta]:
+        raise ValueError(f"control typed needs spoken questions whose words are known; {unknown[0]} is none")
     return [_swap(sample, "speech", [Part("text", text=sample.meta["typed"])]) for sample in samples]
 
 

@@ -21,7 +21,7 @@ from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Ti
 from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
 from x2l.serve.job import Job
 from x2l.serve.lanes import Caches, Lanes
-from x2l.serve.packed import pack
+from x2l.serve.packed import pack, unpack
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
 
@@ -137,6 +137,7 @@ class Engine:
         with self._wake:
             self._wake.notify()
         self._thread.join(timeout=30)
+        unpack(self.model.llm)
 
     # --- in the engine's thread -------------------------------------------------------------------------------------
 
@@ -187,7 +188,8 @@ class Engine:
             self._lanes = Lanes(self.model.llm, self._caches)
             log.exception("a decode step failed; %d answers are lost", len(lost))
             for job in lost:
-                self._fail(job, EngineError("the model failed while answering"))
+                if not job.answer.finish_reason:  # its last token may have come before the failure
+                    self._fail(job, EngineError("the model failed while answering"))
 
     def _reject(self, error: Exception) -> None:
         """The prompt that is being computed has failed."""
@@ -221,28 +223,31 @@ class Engine:
                 self._fail(job, Timeout(f"the request took longer than {self.config.request_seconds:g} s"))
 
     def _fill(self) -> None:
-        """Compute waiting prompts, a chunk of positions in all; those that are complete become ready."""
+        """Compute waiting prompts, a chunk of positions in all; those that are complete become ready.
+
+        Answers in progress wait for no more than that and one prompt's media.
+        """
         chunk = room = self.config.prefill_chunk
         while room > 0 and (job := self._next()):
+            looked = job.embeds is None and self._embed(job)
+            if not self._fits(job):
+                return
+            if job.cache is None:
+                self._recall(job)
             if room < chunk and job.prompt_length - job.length > room:
                 return  # a prompt is cut where it would be if it came alone
-            room -= self._read(job, chunk)
+            room -= max(self._read(job, chunk), chunk // self.config.max_batch)  # the shortest prompt costs a pass of its own
+            if looked and self._active:
+                return
 
     def _next(self) -> Job | None:
-        """The prompt to go on with, laid out; None where none waits, or there is no room for its answer."""
+        """The prompt to go on with; None where none waits, or the batch is full."""
         if self._filling is None:
             with self._wake:
                 if not self._waiting or len(self._active) + len(self._ready) >= self.config.max_batch:
                     return None
                 self._filling = self._waiting.popleft()
-        job = self._filling
-        if job.embeds is None:
-            self._embed(job)
-        if not self._fits(job):
-            return None
-        if job.cache is None:
-            self._recall(job)
-        return job
+        return self._filling
 
     def _read(self, job: Job, chunk: int) -> int:
         """Compute the next chunk of a prompt, and with its end the answer's first token; returns how many positions that were."""
@@ -265,8 +270,9 @@ class Engine:
                 self._ready.append(job)
         return end - start
 
-    def _embed(self, job: Job) -> None:
-        """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings."""
+    def _embed(self, job: Job) -> bool:
+        """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings; whether any had to run."""
+        ran = False
         for item in job.items:
             if item.embeds is None:
                 item.embeds = self.embeddings.get(item.key)  # another request may have brought the same file since
@@ -274,8 +280,10 @@ class Engine:
                 read: Features = self.model.modalities[item.modality](Media(inputs=item.inputs))
                 item.embeds = read.x[0, : int(read.lengths[0])].clone()
                 self.embeddings.put(item.key, item.embeds)
+                ran = True
         job.lay_out(self.model)
         self.intake.check_context(job.prompt_length, job.decode)
+        return ran
 
     def _fits(self, job: Job) -> bool:
         """Whether the states of one more row, padded as rows are, stay in bounds; a row alone always fits."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from x2l.build import bf16_in_hardware
+
 FLOAT32_ROWS = range(3, 17)  # for which a packed product is the faster one in float32
 HINT = 8  # rows that the layout is made for; any number may come
 
@@ -19,7 +21,7 @@ def pack(module: nn.Module, max_bytes: int) -> int:
     """Lay out the weights of all linear layers in ``module`` a second time; returns the bytes that this takes.
 
     Nothing is done, and 0 returned, where the copies would exceed ``max_bytes``, or the processor or PyTorch has no such products.
-    Parameters and modules stay what they are.
+    Parameters stay what they are, and must not change before `unpack`; nor can the module be copied or converted until then.
     """
     layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
     size = sum(layer.weight.nbytes for layer in layers)
@@ -31,6 +33,13 @@ def pack(module: nn.Module, max_bytes: int) -> int:
     return size
 
 
+def unpack(module: nn.Module) -> None:
+    """Undo `pack`."""
+    for layer in module.modules():
+        if isinstance(vars(layer).get("forward"), Packed):
+            del layer.forward
+
+
 def _possible(weight: Tensor) -> bool:
     if (
         weight.device.type != "cpu"
@@ -38,7 +47,7 @@ def _possible(weight: Tensor) -> bool:
         or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and bf16_in_hardware())
 
 
 class Packed:
@@ -50,7 +59,8 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled() or (x.dtype == torch.float32 and len(rows) not in FLOAT32_ROWS):
+        plain = x.dtype == torch.float32 and len(rows) not in FLOAT32_ROWS
+        if plain or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return out.view(*x.shape[:-1], -1)
