@@ -23,7 +23,7 @@ kind: vsdial
 takes: 2
 splits:
   train: {path: "photos-*.tar", questions: train, voices: ["x:en-1", "x:zh-1"], licence: research}
-  test: {path: "photos-*.tar", questions: test, voices: ["x:en-9", "x:zh-9"]}
+  test: {path: "others-*.tar", questions: test, voices: ["x:en-9", "x:zh-9"]}
 """
 INSTRUCT = """
 kind: instruct
@@ -86,6 +86,7 @@ def x2l(*arguments: object) -> str:
 def test_make_both_sets_with_their_cards(tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("x2l.data.transforms.speak.synthesizer", lambda engine: Hum())
     make_photos(tmp_path / "root" / "photos-0000.tar")
+    make_photos(tmp_path / "root" / "others-0000.tar", prefix="q")
     (tmp_path / "mini.yaml").write_text(RECIPE)
     (tmp_path / "set.yaml").write_text(INSTRUCT)
     vsdial = ["make", tmp_path / "mini.yaml", "--data-root", tmp_path / "root", "--out", tmp_path / "vsd", "--photos", 30]
@@ -125,6 +126,7 @@ def test_heard_sound_is_the_rows_own(tmp_path: Path, asked: list[int]) -> None:
 def test_one_split_alone_and_one_that_is_not_there(tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("x2l.data.transforms.speak.synthesizer", lambda engine: Hum())
     make_photos(tmp_path / "root" / "photos-0000.tar")
+    make_photos(tmp_path / "root" / "others-0000.tar", prefix="q")
     (tmp_path / "mini.yaml").write_text(RECIPE)
     make = ["make", tmp_path / "mini.yaml", "--data-root", tmp_path / "root", "--out", tmp_path / "vsd", "--per-voice", 0]
     x2l(*make, "--split", "test")

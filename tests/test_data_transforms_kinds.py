@@ -237,12 +237,12 @@ def test_chinese_answers_need_a_native_caption_that_agrees() -> None:
     assert not {"count", "where", "animal", "colour"} & other.keys()
 
 
-def make_photos(path: Path, num: int = 40) -> Path:
+def make_photos(path: Path, num: int = 40, prefix: str = "p") -> Path:
     rows = {}
     for i in range(num):
         fields = {"en": [text.replace("black", ["black", "white", "brown"][i % 3]) for text in DOGS],
                   "zh": [f"两只{'黑白棕'[i % 3]}色的狗在海滩上奔跑"] * 5, "source": "test"}  # fmt: skip
-        rows[f"p{i:03d}"] = {"png": picture((i, 3, 3)), "json": json.dumps(fields).encode()}
+        rows[f"{prefix}{i:03d}"] = {"png": picture((i, 3, 3)), "json": json.dumps(fields).encode()}
     return write_shard(path, rows)
 
 

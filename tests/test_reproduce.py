@@ -31,7 +31,7 @@ def recipes(llm_folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     spoken = {}
     for i in range(6):
         said = {"text": "What colour is the dog?", "kind": "colour", "lang": "en", "photo": f"t{i}", "spk": "v"}
-        turns = [{"role": "user", "content": []}, {"role": "assistant", "content": "The dog is brown."}]
+        turns = [{"role": "user", "content": []}, {"role": "assistant", "content": f"The dog is {('brown', 'black')[i % 2]}."}]
         row = json.dumps(said | {"messages": turns}).encode()
         spoken[f"q{i}"] = {"png": picture((9, 40 * i, 90)), "wav": noise(i), "json": row}
     write_shard(root / "vsdial-mini" / "test-0000.tar", spoken)

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from x2l.assistant import Assistant
@@ -110,14 +111,24 @@ def test_a_spoken_question_needs_no_text(model: Assistant, tmp_path: Path, monke
     assert [[p.type for p in m.content] for m in chat.messages if m.role == "user"] == [["speech"], ["text"]]
 
 
-def test_the_command_answers_a_recording(llm_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe(llm_folder)))
+def test_the_command_answers_a_recording(llm_folder: Path, tmp_path: Path, model: Assistant) -> None:
+    trained = recipe(llm_folder)
+    interface = model.model.modalities["speech"].get_submodule("interface").state_dict()
+    save_file({name: value.contiguous() for name, value in interface.items()}, tmp_path / "speech.safetensors")
+    trained["modalities"]["speech"]["weights"] = str(tmp_path / "speech.safetensors")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(trained))
     (tmp_path / "question.wav").write_bytes(sound(1.0))
     command = ["chat", "--model", str(tmp_path / "tiny.yaml"), "--max-new-tokens", "3", "--speech"]
     result = CliRunner().invoke(app, [*command, str(tmp_path / "question.wav")])
     assert result.exit_code == 0, result.output
     assert result.output.strip()
     assert "cannot read speech file" in str(CliRunner().invoke(app, [*command, "nowhere.wav"]).exception)
+
+
+def test_an_untrained_interface_is_left_out_and_named(llm_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe(llm_folder)))
+    assert Assistant.load(str(tmp_path / "tiny.yaml")).reads == []
+    assert "reads no speech: no weights of a trained interface are given" in caplog.text
 
 
 def test_what_is_written_down_is_no_longer_than_its_speech_allows(model: Assistant) -> None:
