@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import make_llm, make_tokenizer, picture, tiny_model
+from safetensors.torch import save_file
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -82,8 +83,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llm")
     make_llm().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    path = folder / "model.yaml"
-    path.write_text(json.dumps(tiny_model(folder)))
+    path, model = folder / "model.yaml", tiny_model(folder)
+    path.write_text(json.dumps(model))
+    random_model = build(load_model_config(str(path))).model
+    for name, part in model["modalities"].items():
+        interface = random_model.modalities[name].get_submodule("interface").state_dict()
+        part["weights"] = str(folder / f"{name}.safetensors")
+        save_file({key: value.contiguous() for key, value in interface.items()}, part["weights"])
+    path.write_text(json.dumps(model))
     return path
 
 
