@@ -31,7 +31,6 @@ from x2l.export import export_vllm
 from x2l.serve.answer import Decode
 from x2l.serve.engine import Engine
 from x2l.serve.intake import EngineConfig
-from x2l.serve.store import PrefixStore
 from x2l.serve.vllm import VllmEngine
 from x2l.types import Message, Part, user
 
@@ -156,7 +155,7 @@ def compare(bench: Bench, behind: VllmEngine, vllm: Vllm) -> None:
                 token_ids(behind, talks[i : i + at_once], bench.tokens)
 
         def mine(at_once: int = at_once) -> None:
-            bench.engine.prefixes = PrefixStore(512 << 20)
+            bench.engine.prefixes.clear()
             with ThreadPoolExecutor(at_once) as threads:
                 list(threads.map(bench.ask, contents))
 

@@ -34,7 +34,6 @@ from x2l.serve.chat import submit
 from x2l.serve.engine import Engine
 from x2l.serve.intake import EngineConfig
 from x2l.serve.pauses import RATE, Pauses
-from x2l.serve.store import EmbeddingStore, PrefixStore
 from x2l.serve.voice import VoiceTurn, wav
 from x2l.types import Message, Part, user
 from x2l.weights import resolve
@@ -80,7 +79,8 @@ class Bench:
         """Nothing is known but the template's beginning."""
         while self.busy:
             await asyncio.sleep(0.001)
-        self.engine.embeddings, self.engine.prefixes = EmbeddingStore(256 << 20), PrefixStore(512 << 20)
+        self.engine.embeddings.clear()
+        self.engine.prefixes.clear()
         await self.ask(user("x"))
 
     async def first(self, answer: Awaitable[Answer]) -> tuple[float, int]:

@@ -75,3 +75,39 @@ def test_what_is_too_large_is_left_alone() -> None:
 
 def test_other_types_are_left_alone() -> None:
     assert pack(layers(torch.float16), 1 << 20) == 0
+
+
+class Heads(nn.Module):
+    """Queries, keys and values under transformers' names, and an output layer."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj = nn.Linear(96, 64, bias=bias)
+        self.k_proj, self.v_proj = (nn.Linear(96, 32, bias=bias) for _ in range(2))
+        self.o_proj = nn.Linear(64, 96, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.o_proj(self.q_proj(x)), self.k_proj(y), self.v_proj(y)], -1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_queries_keys_and_values_are_one_product(bias: bool) -> None:
+    model, x, y = Heads(bias), torch.randn(5, 1, 96), torch.randn(5, 1, 96)
+    with torch.inference_mode():
+        plain, apart, again = model(x, x), model(x, y), model(y, y)
+        assert pack(model, 1 << 20) == sum(layer.weight.nbytes for layer in model.children())
+        assert len({id(layer.forward.product) for layer in model.children()}) == 2  # type: ignore[union-attr]
+        for expected, inputs in ((plain, (x, x)), (apart, (x, y)), (again, (y, y)), (plain, (x, x))):
+            torch.testing.assert_close(model(*inputs), expected)
+    unpack(model)
+    assert not any("forward" in vars(layer) for layer in model.children())
+
+
+def test_layers_that_differ_in_kind_stay_apart() -> None:
+    model, x = Heads(bias=True), torch.randn(5, 1, 96)
+    model.k_proj = nn.Linear(96, 32, bias=False)
+    with torch.inference_mode():
+        plain = model(x, x)
+        pack(model, 1 << 20)
+        torch.testing.assert_close(model(x, x), plain)

@@ -54,6 +54,18 @@ def test_a_doubtful_one_is_the_mean_of_the_words_by_their_probability(started: A
     torch.testing.assert_close(soft(Features(x, torch.tensor([2]))).x[0], torch.stack(expected))
 
 
+@torch.no_grad()
+def test_words_of_no_weight_are_exactly_zero(started: Any) -> None:
+    soft, spoken, table, ids = started
+    soft.words.connect(lambda: table, make_tokenizer())
+    x = spoken[None, [3]] * torch.linspace(0, 10, 200)[:, None]
+    posterior = soft.words.posterior(x)
+    plain = (x @ spoken[:-1].T / soft.words.temperature).softmax(-1)
+    assert ((plain > 0) & (plain < torch.finfo(torch.float32).tiny)).any()  # denormal numbers, which make products slow
+    assert not ((posterior > 0) & (posterior < 1e-13)).any()
+    torch.testing.assert_close(soft.words.written(posterior), plain @ table[ids])
+
+
 def test_it_owns_the_linear_layer_alone_and_gradients_pass_through_the_words(started: Any) -> None:
     soft, *_ = started
     assert sorted(soft.state_dict()) == ["linear.bias", "linear.weight"]

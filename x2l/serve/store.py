@@ -39,6 +39,12 @@ class EmbeddingStore:
                 _, dropped = self._items.popitem(last=False)
                 self.num_bytes -= dropped.nbytes
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._items.clear()
+            self.num_bytes = 0
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -87,6 +93,11 @@ class PrefixStore:
         while self.num_bytes > self.max_bytes:
             _, dropped = self._items.popitem(last=False)
             self.num_bytes -= dropped.num_bytes
+
+    def clear(self) -> None:
+        """Forget all; as all else here, for the engine's thread, or while it rests."""
+        self._items.clear()
+        self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._items)
