@@ -1,6 +1,6 @@
 """The server against itself at batch 1 and against Hugging Face's generate: peer, ours, ratio and goal, in one run.
 
-    python benchmarks/serve.py [model] [tokens] [--only throughput|steps|first_token|decode] [--set llm.dtype=bfloat16]
+    python benchmarks/serve.py [model] [tokens] [--only throughput|steps|first_token|decode] [--set llm.dtype=bfloat16 [--int4]]
 
 Real HTTP on this machine, one thread of computing, float32 unless an override of the model's recipe says otherwise. Peers have an
 LLM of their own, as it is loaded: the engine packs its weights. Times are CPU seconds of this process (server, engine and client
@@ -47,11 +47,13 @@ class Bench:
     Args:
         model, overrides: recipe.
         tokens: of each answer.
+        int4: as in `EngineConfig`.
     """
 
-    def __init__(self, model: str, tokens: int, overrides: Sequence[str] = ()):
+    def __init__(self, model: str, tokens: int, overrides: Sequence[str] = (), int4: bool = False):
         self.tokens, self.assistant, self.peer = tokens, Assistant.load(model, overrides), Assistant.load(model, overrides)
-        self.engine = Engine(self.assistant, EngineConfig(request_seconds=1e6))  # other load may slow everything down
+        config = EngineConfig(request_seconds=1e6, int4=int4)  # other load may slow everything down
+        self.engine = Engine(self.assistant, config)
         self.engine.stops = set()
         self.server = Server(create_app(self.engine, ServerConfig("bench")), "127.0.0.1", 0, grace=1)
         threading.Thread(target=self.server.run, daemon=True).start()
@@ -225,8 +227,9 @@ if __name__ == "__main__":
     parser.add_argument("tokens", nargs="?", default=48, type=int)
     parser.add_argument("--only", action="append", choices=parts)
     parser.add_argument("--set", action="append", default=[], help="an override of the model's recipe: llm.dtype=bfloat16")
+    parser.add_argument("--int4", action="store_true", help="as x2l serve --int4")
     args = parser.parse_args()
-    bench = Bench(args.model, args.tokens, args.set)
+    bench = Bench(args.model, args.tokens, args.set, args.int4)
     print(f"serve: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")
     for name in args.only or parts:
         parts[name](bench)

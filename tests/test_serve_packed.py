@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from x2l.build import bf16_in_hardware
-from x2l.serve.packed import Packed, pack, unpack
+from x2l.serve.packed import Packed, eight_bits, four_bits, pack, unpack
 
 
 def layers(dtype: torch.dtype) -> nn.Sequential:
@@ -111,3 +111,71 @@ def test_layers_that_differ_in_kind_stay_apart() -> None:
         plain = model(x, x)
         pack(model, 1 << 20)
         torch.testing.assert_close(model(x, x), plain)
+
+
+def test_levels_of_a_q4_1_file_stay_what_they_are() -> None:
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    blocks = gguf.quants.quantize(torch.randn(48, 64).numpy(), gguf.GGMLQuantizationType.Q4_1)
+    weight = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1))
+    codes, scales, rounded = four_bits(weight)
+    assert codes.min() == 0
+    assert codes.max() == 15
+    assert scales.shape == (2, 48, 2)
+    torch.testing.assert_close(rounded, weight, atol=1e-6, rtol=0)
+
+
+def test_four_bits_are_as_near_as_sixteen_levels_allow() -> None:
+    weight = torch.cat([torch.randn(32, 64), torch.full((16, 64), 0.3)])
+    _, _, rounded = four_bits(weight)
+    step = (weight.unflatten(1, (-1, 32)).amax(-1) - weight.unflatten(1, (-1, 32)).amin(-1)) / 15
+    assert ((rounded - weight).abs().unflatten(1, (-1, 32)).amax(-1) <= step / 2 + 1e-6).all()
+
+
+@pytest.mark.skipif(not bf16_in_hardware(), reason="the processor has no bfloat16")
+@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+def test_any_number_of_rows_reads_the_same_four_bit_weights(rows: int) -> None:
+    model, x = Heads(bias=True).bfloat16(), torch.randn(rows, 1, 96).bfloat16()
+    rounded = Heads(bias=True).bfloat16()
+    for layer in rounded.children():
+        layer.weight.data = four_bits(layer.weight)[2]
+    with torch.inference_mode():
+        expected = rounded.double()(x.double(), x.double())
+        pack(model, 1 << 20, int4=True)
+        found = model(x, x)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_eight_bits_are_as_near_as_a_step_of_the_largest_allows() -> None:
+    weight = torch.cat([torch.randn(32, 64), torch.zeros(1, 64)])
+    codes, steps, rounded = eight_bits(weight)
+    assert codes.dtype == torch.int8
+    assert ((rounded - weight).abs() <= steps[:, None] / 2 + 1e-6).all()
+
+
+@pytest.mark.skipif(not bf16_in_hardware(), reason="the processor has no bfloat16")
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_the_output_layer_has_eight_bits(rows: int) -> None:
+    class LLM(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lm_head = nn.Linear(64, 100, bias=False)
+
+        def get_output_embeddings(self) -> nn.Linear:
+            return self.lm_head
+
+    llm, x = LLM().bfloat16(), torch.randn(rows, 64).bfloat16()
+    expected = x.float() @ eight_bits(llm.lm_head.weight)[2].float().T
+    with torch.inference_mode():
+        pack(llm, 1 << 20, int4=True)
+        found = llm.lm_head(x).float()
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_four_bits_are_refused_where_they_cannot_be() -> None:
+    with pytest.raises(ValueError, match="4-bit weights need"):
+        pack(layers(torch.float32), 1 << 20, int4=True)
+    if bf16_in_hardware():
+        with pytest.raises(ValueError, match="room"):
+            pack(layers(torch.bfloat16), 10, int4=True)

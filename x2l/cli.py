@@ -43,6 +43,9 @@ AllowHost = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(help="name under which others may ask for this server; without keys only this machine's own names are answered"),
 ]
+Int4 = Annotated[
+    bool, typer.Option("--int4", help="read the LLM's weights in 4 bits while few answer; needs AVX-512 bfloat16 (docs/serve.md)")
+]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
 
 
@@ -197,6 +200,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
     grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM")] = 60.0,
     vllm: Annotated[Optional[str], typer.Option(help="URL of a vLLM server that holds the LLM (x2l export vllm)")] = None,  # noqa: UP045
+    int4: Int4 = False,
 ) -> None:
     """Serve a model over the API of OpenAI's clients (docs/serve.md).
 
@@ -213,7 +217,19 @@ def serve(
     except ModuleNotFoundError as error:
         raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
 
-    run(model, host, port, api_keys, tuple(allow_host or ()), tuple(origin or ()), allow_remote, max_batch, grace, vllm=vllm)
+    run(
+        model,
+        host,
+        port,
+        api_keys,
+        tuple(allow_host or ()),
+        tuple(origin or ()),
+        allow_remote,
+        max_batch,
+        grace,
+        vllm=vllm,
+        int4=int4,
+    )
 
 
 @app.command()
@@ -224,6 +240,7 @@ def web(
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
     allow_host: AllowHost = None,
     compare: Annotated[Optional[str], typer.Option(help="another model, which answers every question beside the first")] = None,  # noqa: UP045
+    int4: Int4 = False,
 ) -> None:
     """Chat with a model in the browser: photos, videos and sound, as far as it reads them (docs/serve.md).
 
@@ -244,7 +261,7 @@ def web(
         f"loading {model}{f' and {compare}' if compare else ''}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)",
         highlight=False,
     )
-    run(model, host, port, api_keys, tuple(allow_host or ()), page=True, compare=compare)
+    run(model, host, port, api_keys, tuple(allow_host or ()), page=True, compare=compare, int4=int4)
 
 
 @export_app.command(name="vllm")

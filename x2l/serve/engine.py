@@ -164,7 +164,7 @@ class Engine:
 
     def _allocate(self) -> None:
         """Where the states of answers are kept, and weights for few rows."""
-        pack(self.model.llm, self.config.packed_bytes)
+        pack(self.model.llm, self.config.packed_bytes, self.config.int4)
         with torch.inference_mode():
             self._caches = Caches(self.model.llm)
             self._lanes = Lanes(self.model.llm, self._caches)

@@ -4,11 +4,16 @@ A decode step multiplies every weight with one row for each answer in progress. 
 at every call, which for a few rows is most of the work. In float32 one or two rows have a routine of their own, and many rows
 repay the layout; in bfloat16 it always costs (benchmarks/serve.py, steps). Queries, keys and values of a small LLM are too small
 for a call each: one product gives all three.
+
+A row is bound by reading the weights, so that four bits a weight pay, where asked for: every 32 weights of an output get 16 levels
+from their least to their largest. These are the levels of a GGUF file in Q4_1, whose weights so stay what they are. The output
+layer, which such files keep finer, has eight bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +23,35 @@ from x2l.build import bf16_in_hardware
 
 FLOAT32_ROWS = range(3, 17)  # for which a packed product is the faster one in float32
 HINT = 8  # rows that the layout is made for; any number may come
+FEW_BIT_ROWS = 4  # up to which products from 4 and 8 bits are the faster ones
+INT4_GROUP = 32  # weights that share their levels
 TOGETHER = ("q_proj", "k_proj", "v_proj")  # layers of one module that are given the same input, under transformers' names
 
 
-def pack(module: nn.Module, max_bytes: int) -> int:
+def pack(module: nn.Module, max_bytes: int, int4: bool = False) -> int:
     """Lay out the weights of all linear layers in ``module`` a second time; returns the bytes that this takes.
 
     Nothing is done, and 0 returned, where the copies would exceed ``max_bytes``, or the processor or PyTorch has no such products.
     Parameters stay what they are, and must not change before `unpack`; nor can the module be copied or converted until then.
+
+    Args:
+        int4: few rows are multiplied with weights of 4 bits (the output layer: 8), more with the same weights in bfloat16.
+
+    Raises:
+        ValueError: no 4-bit products here.
     """
     groups = [group for parent in module.modules() for group in _groups(parent)]
     layers = [layer for group in groups for layer in group]
     size = sum(layer.weight.nbytes for layer in layers)
-    if size > max_bytes or not all(_possible(layer.weight) for layer in layers):
+    possible = size <= max_bytes and all(_possible(layer.weight) for layer in layers)
+    if int4 and not (possible and all(layer.weight.dtype == torch.bfloat16 for layer in layers)):
+        raise ValueError("4-bit weights need a processor with AVX-512 bfloat16, an LLM in bfloat16, and room for a copy of it")
+    if not possible:
         return 0
+    head = getattr(module, "get_output_embeddings", lambda: None)()
     for group in groups:
         if not isinstance(group[0].forward, Packed):
-            product = Product(group)
+            product = Product(group, (8 if group[0] is head else 4) if int4 else None)
             for i, layer in enumerate(group):
                 layer.forward = Packed(product, i)  # type: ignore[method-assign, assignment]
     return size
@@ -68,9 +85,17 @@ def _possible(weight: Tensor) -> bool:
 class Product:
     """The product of one input with the weights of several linear layers, computed when the first of them asks."""
 
-    def __init__(self, layers: Sequence[nn.Linear]):
+    def __init__(self, layers: Sequence[nn.Linear], bits: int | None = None):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+        self.few: Callable[[Tensor], Tensor] | None = None
+        if bits == 4 and weight.shape[0] % 16 == weight.shape[1] % INT4_GROUP == 0:
+            codes, scales, weight = four_bits(weight)
+            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self.few = partial(_int4_product, codes=codes, scales=scales)
+        elif bits == 8:
+            codes, scales, weight = eight_bits(weight)
+            self.few = partial(torch._weight_int8pack_mm, mat2=codes, scales=scales)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, HINT)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
@@ -79,13 +104,50 @@ class Product:
     def part(self, x: Tensor, i: int) -> Tensor:
         """Layer ``i``'s (..., out) of ``x`` (..., in), which is the very tensor that the layers before were given, or another."""
         if self._last is None or self._last[0] is not x:
-            rows = x.reshape(-1, x.shape[-1])
-            whole: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+            whole = self._whole(x.reshape(-1, x.shape[-1]))
             self._last = x, whole.view(*x.shape[:-1], -1).split(self.sizes, -1)
         part = self._last[1][i]
         if i == len(self.sizes) - 1:
             self._last = None
         return part
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        if self.few is not None and len(rows) <= FEW_BIT_ROWS:
+            few = self.few(rows.contiguous())
+            return few if self.bias is None else few + self.bias
+        whole: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return whole
+
+
+def _int4_product(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return torch._weight_int4pack_mm_for_cpu(rows, codes, INT4_GROUP, scales)
+
+
+def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight (O, I) in 16 levels for each 32 of an output's.
+
+    Returns:
+        Codes (O, I) int32 from 0 to 15; of each group the step and the level of code 8 (I / 32, O, 2); and the weight that they
+        stand for (O, I). The latter two are of the weight's type.
+    """
+    groups = weight.float().unflatten(1, (-1, INT4_GROUP))
+    least, largest = groups.aminmax(dim=-1, keepdim=True)
+    step = (largest - least) / 15
+    codes = ((groups - least) / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 15)
+    scales = torch.cat([step, least + 8 * step], -1).to(weight.dtype)
+    rounded = (codes - 8) * scales[..., :1].float() + scales[..., 1:].float()
+    return codes.flatten(1).int(), scales.transpose(0, 1).contiguous(), rounded.flatten(1).to(weight.dtype)
+
+
+def eight_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight (O, I) in steps of 1/127 of each output's largest.
+
+    Returns:
+        Codes (O, I) int8; steps (O,) and the weight that they stand for (O, I), of the weight's type.
+    """
+    scales = (weight.float().abs().amax(1) / 127).to(weight.dtype)
+    codes = (weight.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales, (codes * scales.float()[:, None]).to(weight.dtype)
 
 
 class Packed:
