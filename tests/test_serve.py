@@ -25,9 +25,11 @@ import soundfile
 import torch
 from conftest import picture, tiny_model
 from serving import KEY, Running, check_error, data_url, image_part, rss, running, served
+from typer.testing import CliRunner
 
 from x2l.assistant import Assistant
 from x2l.build import build
+from x2l.cli import app
 from x2l.config import ModelConfig
 from x2l.data.tasks import dictated
 from x2l.serve.intake import EngineConfig
@@ -384,3 +386,19 @@ def test_what_is_open_to_others_needs_keys(monkeypatch: pytest.MonkeyPatch, tmp_
         read_keys(keys)
     with pytest.raises(ValueError, match="cannot read the API keys"):
         read_keys(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("command", ["serve", "web"])
+def test_four_bits_are_asked_for_by_an_option_and_computed_in_bfloat16(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[Any, ...]] = []
+
+    def load(*arguments: Any) -> Assistant:
+        loaded.append(arguments)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr(Assistant, "load", load)
+    for options, overrides in (([], []), (["--int4"], ["llm.dtype=bfloat16"])):
+        loaded.clear()
+        with pytest.raises(ValueError, match="loaded"):
+            CliRunner().invoke(app, [command, *options], catch_exceptions=False)
+        assert loaded == [("tiny", overrides)]

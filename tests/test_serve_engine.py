@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serving import is_idle
 
 from x2l.assistant import Assistant
-from x2l.build import build
+from x2l.build import bf16_in_hardware, build
 from x2l.config import ModelConfig
 from x2l.serve import lanes
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
@@ -330,3 +330,22 @@ def test_stores_keep_to_their_bytes() -> None:
     assert prefixes.num_bytes == 1000
     assert prefixes.find(("", 19, 1, 2, 9))[0] == 4
     assert prefixes.find(("", 3, 1, 2, 9)) == (0, [])
+
+
+@pytest.mark.skipif(
+    not bf16_in_hardware() or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="the processor has no AVX-512 with bfloat16",
+)
+def test_in_four_bits_it_answers_too(llm_folder: Path) -> None:
+    config = tiny_model(llm_folder)
+    config["llm"] = {"spec": str(llm_folder), "dtype": "bfloat16"}
+    model = Assistant(build(ModelConfig.model_validate(config)))
+    engine = Engine(model, EngineConfig(int4=True))
+    try:
+        answers = [engine.submit(messages, Decode(5)) for messages in MIXED]
+        assert all("".join(answer) and answer.usage.completion for answer in answers)
+    finally:
+        engine.close()
+    assert not any("forward" in vars(layer) for layer in model.model.llm.modules())
+    with pytest.raises(ValueError, match="are allowed"):
+        Engine(model, EngineConfig(int4=True, packed_bytes=10))

@@ -44,7 +44,8 @@ AllowHost = Annotated[
     typer.Option(help="name under which others may ask for this server; without keys only this machine's own names are answered"),
 ]
 Int4 = Annotated[
-    bool, typer.Option("--int4", help="read the LLM's weights in 4 bits while few answer; needs AVX-512 bfloat16 (docs/serve.md)")
+    bool,
+    typer.Option("--int4", help="LLM in bfloat16, for up to 4 answers at a time in 4 bits; needs AVX-512 (docs/serve.md)"),
 ]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
 

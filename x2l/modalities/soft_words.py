@@ -23,7 +23,7 @@ from x2l.vocabulary import Vocabulary, spelled_rows
 from x2l.weights import resolve
 
 MOONSHINE = "moonshine"
-NOTHING = 1e-12  # tens of thousands of words of this probability add nothing in float32; denormal ones slow a product tenfold
+NEGLIGIBLE = 1e-12  # fifty thousand words of less add nothing in float32 (2^-24), and denormal ones slow a product tenfold
 
 
 class Words:
@@ -70,7 +70,7 @@ class Words:
                 f"{len(self._tokens.texts)} tokens of this LLM and the C-Former is {x.shape[-1]} wide"
             )
         self._spoken, self._written = self._spoken.to(x.device), self._written.to(x.device)  # moved once
-        return F.threshold((x.float() @ self._spoken.T / self.temperature).softmax(-1), NOTHING, 0.0)
+        return F.threshold((x.float() @ self._spoken.T / self.temperature).softmax(-1), NEGLIGIBLE, 0.0)
 
     def spoken(self, posterior: Tensor) -> Tensor:
         """Mean embeddings of the decoder (N, U, C)."""
@@ -82,9 +82,11 @@ class Words:
 
 
 def _mean(posterior: Tensor, table: Tensor) -> Tensor:
-    """``posterior @ table``, of the rows that have a weight somewhere: a few hundred of tens of thousands."""
+    """``posterior @ table``, on a CPU of the rows alone that have a weight somewhere: tiny has a few hundred of 33,182."""
+    if posterior.device.type != "cpu":
+        return posterior @ table
     used = posterior.detach().flatten(0, -2).any(0).nonzero()[:, 0]
-    return posterior[..., used] @ table[used]
+    return posterior @ table if 2 * len(used) > len(table) else posterior[..., used] @ table[used]
 
 
 class SoftWords(nn.Module):

@@ -36,7 +36,7 @@ class EngineConfig:
     kv_bytes: int = 2 << 30  # states of all answers in progress
     prefix_bytes: int = 512 << 20
     embedding_bytes: int = 256 << 20
-    packed_bytes: int = 1 << 30  # of the LLM's weights in a layout for few rows; a larger LLM goes without
+    packed_bytes: int = 3 << 29  # of the LLM's weights in a layout for few rows; a larger LLM goes without
     int4: bool = False  # whether few rows read the LLM's weights in 4 bits; in bfloat16 alone
     request_seconds: float = 300.0
 

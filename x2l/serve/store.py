@@ -95,7 +95,7 @@ class PrefixStore:
             self.num_bytes -= dropped.num_bytes
 
     def clear(self) -> None:
-        """Forget all; as all else here, for the engine's thread, or while it rests."""
+        """Forget all: for the engine's thread, or while it rests."""
         self._items.clear()
         self.num_bytes = 0
 
