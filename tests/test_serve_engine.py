@@ -323,6 +323,10 @@ def test_stores_keep_to_their_bytes() -> None:
     assert embeddings.get(1) is None
     embeddings.put("large", torch.zeros(100))
     assert embeddings.get("large") is None
+    embeddings.clear()
+    assert (len(embeddings), embeddings.num_bytes, embeddings.get(0)) == (0, 0, None)
+    embeddings.put(0, torch.zeros(10))
+    assert embeddings.num_bytes == 40
     prefixes = PrefixStore(max_bytes=1000)
     for i in range(20):
         states = [(torch.zeros(1, 1, 5, 5), torch.zeros(1, 1, 5, 5))]

@@ -211,9 +211,14 @@ def test_packing_again_is_packing_anew_and_all_copies_count() -> None:
 
 
 def test_four_bits_are_refused_where_they_cannot_be() -> None:
-    reason = "set llm.dtype=bfloat16" if INT4 else "need a processor"
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=r"this one is in torch.float32: set llm.dtype=bfloat16"):
         pack(layers(torch.float32), 1 << 20, int4=True)
+
+
+def test_four_bits_are_refused_by_a_processor_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(ValueError, match="PyTorch finds AVX2"):
+        pack(layers(torch.bfloat16), 1 << 20, int4=True)
 
 
 @torch.inference_mode()

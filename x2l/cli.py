@@ -218,19 +218,8 @@ def serve(
     except ModuleNotFoundError as error:
         raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
 
-    run(
-        model,
-        host,
-        port,
-        api_keys,
-        tuple(allow_host or ()),
-        tuple(origin or ()),
-        allow_remote,
-        max_batch,
-        grace,
-        vllm=vllm,
-        int4=int4,
-    )
+    names, origins = tuple(allow_host or ()), tuple(origin or ())
+    run(model, host, port, api_keys, names, origins, allow_remote, max_batch, grace, vllm=vllm, int4=int4)
 
 
 @app.command()

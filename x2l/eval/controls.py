@@ -22,6 +22,8 @@ Key = Callable[[Part], str]  # the identity of a media part, e.g. the sha256 of 
 def derangement(groups: Sequence[str], seed: int) -> list[int]:
     """A permutation that sends every position to one of another group; the same seed gives the same one.
 
+    Groups follow each other by name: the seed tells apart only what shares a group.
+
     Raises:
         ValueError: one group holds more than half of all positions, so none exists.
     """

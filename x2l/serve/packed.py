@@ -79,10 +79,12 @@ def _groups(module: nn.Module) -> list[list[nn.Linear]]:
 
 
 def _check_int4(weights: Sequence[Tensor], size: int, max_bytes: int) -> None:
-    if not (bf16_in_hardware() and torch.backends.cpu.get_cpu_capability() == "AVX512" and all(map(_possible, weights))):
-        raise ValueError("4-bit weights need a processor with AVX-512 and bfloat16; this one computes faster without")
-    if any(weight.dtype != torch.bfloat16 for weight in weights):
-        raise ValueError("4-bit weights are for an LLM in bfloat16: set llm.dtype=bfloat16")
+    if other := {weight.dtype for weight in weights} - {torch.bfloat16}:
+        raise ValueError(f"4-bit weights are for an LLM in bfloat16, this one is in {other.pop()}: set llm.dtype=bfloat16")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not (bf16_in_hardware() and capability == "AVX512" and all(map(_possible, weights))):
+        found = f"PyTorch finds {capability}, bfloat16: {bf16_in_hardware()}, and the LLM on {weights[0].device}"
+        raise ValueError(f"4-bit weights need a processor with AVX-512 and bfloat16; {found}")
     if size > max_bytes:
         raise ValueError(f"4-bit weights would take {size:,} bytes beside the LLM, {max_bytes:,} are allowed (packed_bytes)")
 

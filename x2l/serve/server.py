@@ -173,7 +173,7 @@ def run(
     if "*" in origins:
         raise ValueError("--origin * would let every web page use this server: name the origins")
     if int4 and vllm is not None:
-        raise ValueError("--int4 is for an LLM in this process; with --vllm, let vLLM quantise it")
+        raise ValueError(f"--int4 is for an LLM in this process, not at {vllm}: let vLLM quantise it")
     names = served_names([model] if compare is None else [model, compare])
     engine_config = EngineConfig(max_batch=max_batch, int4=int4)
     overrides = ["llm.dtype=bfloat16"] if int4 else []
