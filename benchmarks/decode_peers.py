@@ -3,9 +3,9 @@
     python benchmarks/decode_peers.py PEERS_PYTHON [tokens]
 
 ``PEERS_PYTHON`` is the python of an environment with ``llama-cpp-python`` and ``optimum-intel[openvino]`` (either may be missing).
-The tiny model's LLM, greedy, one prompt, answers of full length, in float32, bfloat16 and 4 bits (`x2l serve --int4`) here; each
-side in a process of its own, one thread, CPU seconds, interleaved, the best of the rounds. Seconds beyond those of an answer of
-one token count, so that it matters little that ours comes by HTTP and from a chat template, the peers' from the bare text.
+The tiny model's LLM, greedy, one prompt, answers of full length; ours in float32, bfloat16, 8 and 4 bits (`--weight-bits`); each in
+a process of its own, one thread, CPU seconds, interleaved, the best of the rounds. Seconds beyond those of an answer of one token
+count, so that it matters little that ours comes by HTTP and from a chat template, the peers' from the bare text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 PROMPT = "Tell me about the sea."
 ROUNDS = 4
 SAYS = "decode_peers: "
-GOALS = {"llama.cpp Q4_1": 1.0, "OpenVINO int8": 0.9}  # of ours with as many bits; 8 bits gain nothing over bfloat16 here
+GOALS = {"llama.cpp Q4_1": 1.0, "OpenVINO int8": 0.9}  # of ours with as many bits
+WEIGHTS = {"float32": ("float32", 16), "bfloat16": ("bfloat16", 16), "8 bits": ("bfloat16", 8), "4 bits": ("bfloat16", 4)}
 
 
 def llama(path: str) -> Callable[[int], Any]:
@@ -64,7 +65,8 @@ def openvino(folder: str) -> Callable[[int], Any]:
 def ours(weights: str) -> Callable[[int], Any]:
     from serve import Bench
 
-    bench = Bench("tiny", 1, [f"llm.dtype={'float32' if weights == 'float32' else 'bfloat16'}"], weights == "int4")
+    dtype, bits = WEIGHTS[weights]
+    bench = Bench("tiny", 1, [f"llm.dtype={dtype}"], bits)
     return lambda tokens: bench.ask(PROMPT, tokens=tokens)
 
 
@@ -128,7 +130,7 @@ def main(python: str, tokens: int = 64) -> None:
     with tempfile.TemporaryDirectory() as folder:
         export_vllm("tiny", [], Path(folder) / "out")
         sides = {
-            **{f"ours, {weights}": Side(sys.executable, "ours", weights) for weights in ("float32", "bfloat16", "int4")},
+            **{f"ours, {weights}": Side(sys.executable, "ours", weights) for weights in WEIGHTS},
             "llama.cpp Q4_1": Side(python, "llama", str(resolve(spec.spec, spec.sha256))),
             "OpenVINO int8": Side(python, "openvino", str(Path(folder) / "out" / "llm")),
         }

@@ -1,6 +1,6 @@
 """The server against itself at batch 1 and against Hugging Face's generate: peer, ours, ratio and goal, in one run.
 
-    python benchmarks/serve.py [model] [tokens] [--only throughput|steps|first_token|decode] [--set llm.dtype=bfloat16 [--int4]]
+    python benchmarks/serve.py [model] [tokens] [--only PART] [--set llm.dtype=bfloat16 [--weight-bits 8|4]]
 
 Real HTTP on this machine, one thread of computing, float32 unless an override of the model's recipe says otherwise. Peers have an
 LLM of their own, as it is loaded: the engine packs its weights. Times are CPU seconds of this process (server, engine and client
@@ -28,9 +28,9 @@ import transformers
 
 from x2l.assistant import Assistant
 from x2l.demo import PHOTOS
-from x2l.model import cache_name
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.engine import Engine
+from x2l.serve.forward import Forward, Plain
 from x2l.serve.intake import EngineConfig
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.server import Server
@@ -47,12 +47,12 @@ class Bench:
     Args:
         model, overrides: recipe.
         tokens: of each answer.
-        int4: as in `EngineConfig`.
+        weight_bits: as in `EngineConfig`.
     """
 
-    def __init__(self, model: str, tokens: int, overrides: Sequence[str] = (), int4: bool = False):
+    def __init__(self, model: str, tokens: int, overrides: Sequence[str] = (), weight_bits: int = 16):
         self.tokens, self.assistant, self.peer = tokens, Assistant.load(model, overrides), Assistant.load(model, overrides)
-        config = EngineConfig(request_seconds=1e6, int4=int4)  # other load may slow everything down
+        config = EngineConfig(request_seconds=1e6, weight_bits=weight_bits)  # other load may slow everything down
         self.engine = Engine(self.assistant, config)
         self.engine.stops = set()
         self.server = Server(create_app(self.engine, ServerConfig("bench")), "127.0.0.1", 0, grace=1)
@@ -118,26 +118,23 @@ def throughput(bench: Bench) -> None:
 
 
 def steps(bench: Bench) -> None:
-    """What bounds `throughput`: a decode step of 1 and of 8 rows, and its matrix products alone; plain and packed."""
+    """What bounds `throughput`: a decode step of 1 and of 8 rows by Hugging Face's layers and by ours."""
+    llm = bench.peer.model.llm
+    table, caches = llm.get_input_embeddings(), Caches(llm)
 
-    def products(llm: Any, rows: int) -> float:
-        layers = [module for module in llm.modules() if isinstance(module, torch.nn.Linear)]
-        inputs = {width: torch.randn(rows, 1, width).to(llm.dtype) for width in {layer.in_features for layer in layers}}
-        work = lambda: [layer(inputs[layer.in_features]) for layer in layers]  # noqa: E731
-        return 1e3 * min(clock(work)[0] for _ in range(8))
-
-    def step(llm: Any, rows: int) -> float:
-        lanes = Lanes(llm, Caches(llm))
+    def lanes(forward: Forward, rows: int) -> Lanes:
+        lanes = Lanes(forward, table, caches)
         for i in range(rows):
-            length = 60 + 5 * i
-            lanes.join(llm(input_ids=torch.full((1, length), 5), use_cache=True, logits_to_keep=1)[cache_name(llm)], length)
-        return 1e3 * min(clock(lambda: lanes.step([5] * rows))[0] for _ in range(12))
+            length, cache = 60 + 5 * i, caches.load([])
+            forward(table(torch.full((1, length), 5)), torch.arange(length)[None], cache)
+            lanes.join(cache, length)
+        return lanes
 
     with torch.inference_mode():
-        for what, measure in (("decode step", step), ("its matrix products", products)):
-            for how, assistant in (("plain", bench.peer), ("packed", bench.assistant)):
-                one, eight = (measure(assistant.model.llm, rows) for rows in (1, 8))
-                line(f"{what}, {how}, 8 x 1 row | 8 rows", 8 * one, eight, 8 * one / eight, 4.0, "ms")
+        for what, forward in (("Hugging Face's", Plain(llm)), ("ours", bench.engine.forward)):
+            by_rows = {rows: lanes(forward, rows) for rows in (1, 8)}
+            one, eight = (1e3 * min(clock(partial(rows.step, [5] * n))[0] for _ in range(12)) for n, rows in by_rows.items())
+            line(f"decode step, {what}, 8 x 1 row | 8 rows", 8 * one, eight, 8 * one / eight, 4.0, "ms")
 
 
 def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
@@ -227,9 +224,9 @@ if __name__ == "__main__":
     parser.add_argument("tokens", nargs="?", default=48, type=int)
     parser.add_argument("--only", action="append", choices=parts)
     parser.add_argument("--set", action="append", default=[], help="an override of the model's recipe: llm.dtype=bfloat16")
-    parser.add_argument("--int4", action="store_true", help="as x2l serve --int4")
+    parser.add_argument("--weight-bits", default=16, type=int, help="as of x2l serve")
     args = parser.parse_args()
-    bench = Bench(args.model, args.tokens, args.set, args.int4)
+    bench = Bench(args.model, args.tokens, args.set, args.weight_bits)
     print(f"serve: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")
     for name in args.only or parts:
         parts[name](bench)

@@ -340,16 +340,16 @@ def test_stores_keep_to_their_bytes() -> None:
     not bf16_in_hardware() or torch.backends.cpu.get_cpu_capability() != "AVX512",
     reason="the processor has no AVX-512 with bfloat16",
 )
-def test_in_four_bits_it_answers_too(llm_folder: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_in_fewer_bits_it_answers_too(llm_folder: Path, bits: int) -> None:
     config = tiny_model(llm_folder)
     config["llm"] = {"spec": str(llm_folder), "dtype": "bfloat16"}
     model = Assistant(build(ModelConfig.model_validate(config)))
-    engine = Engine(model, EngineConfig(int4=True))
+    engine = Engine(model, EngineConfig(weight_bits=bits))
     try:
         answers = [engine.submit(messages, Decode(5)) for messages in MIXED]
         assert all("".join(answer) and answer.usage.completion for answer in answers)
     finally:
         engine.close()
-    assert not any("forward" in vars(layer) for layer in model.model.llm.modules())
     with pytest.raises(ValueError, match="are allowed"):
-        Engine(model, EngineConfig(int4=True, packed_bytes=10))
+        Engine(model, EngineConfig(weight_bits=bits, packed_bytes=10))

@@ -2,115 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from x2l.build import bf16_in_hardware
-from x2l.serve.packed import Packed, eight_bits, four_bits, pack, unpack
+from x2l.serve.packed import FINE, PackedProduct, Product, eight_bits, fifteen_bits, four_bits, pack
+
+INT4 = bf16_in_hardware() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+needs_int4 = pytest.mark.skipif(not INT4, reason="the processor has no AVX-512 with bfloat16")
 
 
-def layers(dtype: torch.dtype) -> nn.Sequential:
+def layers(*outs: int, width: int = 96, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[nn.Linear]:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(96, 200), nn.GELU(), nn.Linear(200, 33, bias=False)).to(dtype)
+    return [nn.Linear(width, out, bias=bias, dtype=dtype) for out in outs]
+
+
+def size(groups: Sequence[Sequence[nn.Linear]]) -> int:
+    return sum(layer.weight.nbytes for group in groups for layer in group)
+
+
+def exact(group: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """In float64."""
+    biases = [0 if layer.bias is None else layer.bias.double() for layer in group]
+    return torch.cat([x.double() @ layer.weight.double().T + bias for layer, bias in zip(group, biases, strict=True)], -1)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 21, 100])
+@pytest.mark.parametrize("outs", [(200,), (64, 32, 33)])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_products(dtype: torch.dtype, rows: int) -> None:
-    model = layers(dtype)
-    x = torch.randn(rows, 1, 96).to(dtype)
-    with torch.inference_mode():
-        plain, exact = model(x), model.double()(x.double())
-        model.to(dtype)
-        size = pack(model, 1 << 20)
-        if dtype == torch.bfloat16 and not bf16_in_hardware():
-            assert size == 0
-        else:
-            assert size == sum(layer.weight.nbytes for layer in model if isinstance(layer, nn.Linear))
-            assert isinstance(model[0].forward, Packed)
-        found = model(x)
-    assert found.shape == plain.shape
-    assert found.dtype == dtype
-    error, bound = (found - exact).abs().max(), (plain - exact).abs().max()
+@torch.inference_mode()
+def test_the_same_products(dtype: torch.dtype, bias: bool, outs: tuple[int, ...], rows: int) -> None:
+    group, x = layers(*outs, bias=bias, dtype=dtype), torch.randn(rows, 96).to(dtype)
+    (packed,) = pack([group], size([group]))
+    assert (type(packed) is PackedProduct) == (dtype == torch.float32 or bf16_in_hardware())
+    plain, found = Product(group)(x), packed(x)
+    assert (found.shape, found.dtype) == ((rows, sum(outs)), dtype)
+    error, bound = ((values - exact(group, x)).abs().max() for values in (found, plain))
     assert error <= 2 * bound + 1e-6
 
 
-def test_parameters_stay_and_a_tied_table_reads_on() -> None:
-    model = layers(torch.float32)
-    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
-    pack(model, 1 << 20)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(after[name].data_ptr() == place and torch.equal(after[name], value) for name, (place, value) in before.items())
-
-
-def test_gradients_flow() -> None:
-    model, x = layers(torch.float32), torch.randn(5, 96, requires_grad=True)
-    pack(model, 1 << 20)
-    model(x).sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().sum() > 0
-
-
-def test_unpacked_it_is_what_it_was() -> None:
-    model, x = layers(torch.float32), torch.randn(8, 96)
-    with torch.inference_mode():
-        before = model(x)
-        pack(model, 1 << 20)
-        unpack(model)
-        assert torch.equal(model(x), before)
-    assert not any("forward" in vars(layer) for layer in model)
-
-
-def test_what_is_too_large_is_left_alone() -> None:
-    model = layers(torch.float32)
-    size = sum(layer.weight.nbytes for layer in model if isinstance(layer, nn.Linear))
-    assert pack(model, size - 1) == 0
-    x = torch.randn(5, 96)
-    assert torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
-    assert pack(model, size) == size
-
-
-def test_other_types_are_left_alone() -> None:
-    assert pack(layers(torch.float16), 1 << 20) == 0
-
-
-class Heads(nn.Module):
-    """Queries, keys and values under transformers' names, and an output layer."""
-
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q_proj = nn.Linear(96, 64, bias=bias)
-        self.k_proj, self.v_proj = (nn.Linear(96, 32, bias=bias) for _ in range(2))
-        self.o_proj = nn.Linear(64, 96, bias=False)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.o_proj(self.q_proj(x)), self.k_proj(y), self.v_proj(y)], -1)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_queries_keys_and_values_are_one_product(bias: bool) -> None:
-    model, x, y = Heads(bias), torch.randn(5, 1, 96), torch.randn(5, 1, 96)
-    with torch.inference_mode():
-        plain, apart, again = model(x, x), model(x, y), model(y, y)
-        assert pack(model, 1 << 20) == sum(layer.weight.nbytes for layer in model.children())
-        assert len({id(layer.forward.product) for layer in model.children()}) == 2  # type: ignore[union-attr]
-        for expected, inputs in ((plain, (x, x)), (apart, (x, y)), (again, (y, y)), (plain, (x, x))):
-            torch.testing.assert_close(model(*inputs), expected)
-    unpack(model)
-    assert not any("forward" in vars(layer) for layer in model.children())
-
-
-def test_layers_that_differ_in_kind_stay_apart() -> None:
-    model, x = Heads(bias=True), torch.randn(5, 1, 96)
-    model.k_proj = nn.Linear(96, 32, bias=False)
-    with torch.inference_mode():
-        plain = model(x, x)
-        pack(model, 1 << 20)
-        torch.testing.assert_close(model(x, x), plain)
+def test_what_is_too_large_or_of_another_type_is_left_alone() -> None:
+    groups = [layers(200), layers(33)]
+    assert [type(product) for product in pack(groups, size(groups))] == [PackedProduct] * 2
+    assert [type(product) for product in pack(groups, size(groups) - 1)] == [Product] * 2
+    assert [type(product) for product in pack([layers(200, dtype=torch.float16)], 1 << 20)] == [Product]
 
 
 def test_levels_of_a_q4_1_file_stay_what_they_are() -> None:
@@ -132,36 +73,17 @@ def test_four_bits_are_as_near_as_sixteen_levels_allow() -> None:
     assert ((rounded - weight).abs().unflatten(1, (-1, 32)).amax(-1) <= step / 2 + 1e-6).all()
 
 
-INT4 = bf16_in_hardware() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-needs_int4 = pytest.mark.skipif(not INT4, reason="the processor has no AVX-512 with bfloat16")
-
-
-class LLM(nn.Module):
-    """A layer, and an output layer as transformers names it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(width, 64, bias=False)
-        self.head = nn.Linear(width, 96, bias=False)
-        with torch.no_grad():
-            self.head.weight[:, 0] = 3.0  # 8 bits tell the others apart by a 42nd alone
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.head
-
-
 @needs_int4
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 4, 5, 40])
-def test_any_number_of_rows_reads_the_same_four_bit_weights(rows: int) -> None:
-    model, x = Heads(bias=True).bfloat16(), torch.randn(rows, 1, 96).bfloat16()
-    rounded = Heads(bias=True).bfloat16()
-    for layer in rounded.children():
-        layer.weight.data = four_bits(layer.weight)[2]
-    with torch.inference_mode():
-        expected = rounded.double()(x.double(), x.double())
-        pack(model, 1 << 20, int4=True)
-        found = model(x, x)
+@torch.inference_mode()
+def test_any_number_of_rows_reads_the_same_rounded_weights(rows: int, bits: int) -> None:
+    group, head = layers(64, 32, dtype=torch.bfloat16), layers(32, dtype=torch.bfloat16)
+    x = torch.randn(rows, 96).bfloat16()
+    found = pack([group, head], 1 << 20, weight_bits=bits)[0](x)
+    for layer in group:
+        layer.weight.data = {4: four_bits, 8: eight_bits}[bits](layer.weight)[2]
+    expected = exact(group, x)
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
@@ -172,65 +94,83 @@ def test_eight_bits_are_as_near_as_a_step_of_the_largest_allows() -> None:
     assert ((rounded - weight).abs() <= steps[:, None] / 2 + 1e-6).all()
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(1e-30, 1e30))
+def test_an_input_has_fifteen_bits_of_its_rows_largest(seed: int, outlier: float) -> None:
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed))
+    rows[1, 7], rows[2] = outlier, 0
+    codes, scale = fifteen_bits(rows)
+    assert codes.dtype == torch.int8
+    coarse, fine = codes.double().chunk(2)
+    assert codes.double().abs().max() <= 127
+    found = scale.double() * (coarse + fine / FINE)
+    assert ((found - rows).abs() <= 1.01 * scale / FINE / 2 + 1e-30).all()
+
+
 @needs_int4
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("width", [96, 70])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_eight_bit_weights_are_all_that_is_rounded(rows: int, width: int, bias: bool) -> None:
+    group = layers(64, 33, width=width, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(rows, width).bfloat16()
+    x[:, 3] *= 100  # as LLMs have them
+    found = PackedProduct(group, 8, any_rows=True)(x)
+    for layer in group:
+        codes, steps, _ = eight_bits(layer.weight)
+        layer.weight.data = codes.double() * steps[:, None]
+    expected = exact(group, x)
+    assert ((found - expected).abs() <= 2**-8 * (2 * expected.abs() + 1) + 2e-4 * x.abs().amax(1, keepdim=True)).all()
+
+
+@needs_int4
+@torch.inference_mode()
+def test_rows_do_not_depend_on_each_other() -> None:
+    group, x = layers(64, dtype=torch.bfloat16), torch.randn(9, 96).bfloat16()
+    x[4] *= 1000
+    product = PackedProduct(group, 8, any_rows=True)
+    torch.testing.assert_close(product(x), torch.cat([product(row[None]) for row in x]), atol=0, rtol=2**-7)
+
+
+@needs_int4
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 4, 5])
-def test_the_output_layer_has_eight_bits(rows: int) -> None:
-    llm, x = LLM(64).bfloat16(), torch.randn(rows, 64).bfloat16()
-    weight, exact = eight_bits(llm.head.weight)[2], llm.head.weight
-    with torch.inference_mode():
-        pack(llm, 1 << 20, int4=True)
-        found = llm.head(x).double()
-    near, far = ((found - x.double() @ w.double().T).abs().max() for w in (weight, exact))
+@torch.inference_mode()
+def test_the_output_layer_has_eight_bits(rows: int, bits: int) -> None:
+    group, (head,) = layers(64, width=64, dtype=torch.bfloat16), layers(96, width=64, bias=False, dtype=torch.bfloat16)
+    head.weight[:, 0] = 3.0  # 8 bits tell the others apart by a 42nd alone
+    x = torch.randn(rows, 64).bfloat16()
+    found = pack([group, [head]], 1 << 20, weight_bits=bits)[1](x).double()
+    codes, steps, _ = eight_bits(head.weight)
+    near, far = ((found - x.double() @ w.double().T).abs().max() for w in (codes * steps[:, None], head.weight))
     assert near < far / 2
 
 
 @needs_int4
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_widths_that_the_products_cannot_take_stay_in_bfloat16(rows: int) -> None:
-    """PyTorch's 8-bit product dies of 70 inputs."""
-    model, x = nn.Sequential(LLM(64), nn.Linear(70, 64, bias=False)).bfloat16(), torch.randn(rows, 70).bfloat16()
-    odd = LLM(70).bfloat16()
-    with torch.inference_mode():
-        plain = model[1](x), odd.head(x)
-        pack(model, 1 << 20, int4=True)
-        with pytest.raises(ValueError, match="inputs by 32"):
-            pack(odd, 1 << 20, int4=True)
-        for found, expected in zip((model[1](x), odd.head(x)), plain, strict=True):
-            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 64), (64, 33)])
+@torch.inference_mode()
+def test_shapes_that_these_products_cannot_take_are_multiplied_as_the_output_layer(inputs: int, outputs: int, bits: int) -> None:
+    odd, x = layers(outputs, width=inputs, dtype=torch.bfloat16), torch.randn(3, inputs).bfloat16()
+    found = pack([odd, layers(32, dtype=torch.bfloat16)], 1 << 20, weight_bits=bits)[0](x)
+    assert torch.equal(found, PackedProduct(odd, bits, any_rows=True)(x))
 
 
 @needs_int4
-def test_packing_again_is_packing_anew_and_all_copies_count() -> None:
-    model = Heads(bias=False).bfloat16()
-    size = sum(layer.weight.nbytes for layer in model.children())
-    assert pack(model, size) == size
-    assert pack(model, 2 * size, int4=True) == size * 21 // 16
-    assert model.q_proj.forward.product.few is not None  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="are allowed"):
-        pack(model, size, int4=True)
+@pytest.mark.parametrize(("bits", "copies"), [(4, 21 / 16), (8, 3 / 2)])
+def test_all_copies_count(bits: int, copies: float) -> None:
+    groups = [layers(64, 32, 32, dtype=torch.bfloat16), layers(96, dtype=torch.bfloat16)]
+    pack(groups, int(size(groups) * copies), weight_bits=bits)
+    with pytest.raises(ValueError, match=f"{bits}-bit weights would take .* are allowed"):
+        pack(groups, int(size(groups) * copies) - 1, weight_bits=bits)
 
 
 def test_four_bits_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"this one is in torch.float32: set llm.dtype=bfloat16"):
-        pack(layers(torch.float32), 1 << 20, int4=True)
+        pack([layers(200), layers(32)], 1 << 20, weight_bits=4)
 
 
 def test_four_bits_are_refused_by_a_processor_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with pytest.raises(ValueError, match="PyTorch finds AVX2"):
-        pack(layers(torch.bfloat16), 1 << 20, int4=True)
-
-
-@torch.inference_mode()
-def test_an_input_that_changed_in_place_is_read_again() -> None:
-    model, x = Heads(bias=False), torch.randn(5, 96)
-    pack(model, 1 << 20)
-    model.q_proj(x)
-    x.mul_(2)
-    torch.testing.assert_close(model.q_proj(x), F.linear(x, model.q_proj.weight))
-
-
-def test_a_layer_alone_or_shared_is_packed_once() -> None:
-    layer = nn.Linear(32, 32)
-    assert pack(layer, 1 << 20) == layer.weight.nbytes
-    assert pack(nn.ModuleList([nn.Sequential(layer), nn.Sequential(layer)]), 1 << 20) == layer.weight.nbytes
+        pack([layers(200, dtype=torch.bfloat16), layers(32, dtype=torch.bfloat16)], 1 << 20, weight_bits=4)

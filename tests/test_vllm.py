@@ -384,7 +384,7 @@ def test_an_export_serves_as_its_readme_says(exported: Path, model: Assistant, u
     with pytest.raises(ValueError, match="--vllm 'localhost:8001': give the URL"):
         run("model.yaml", vllm="localhost:8001")
     with pytest.raises(ValueError, match="let vLLM quantise"):
-        run("model.yaml", vllm=upstream.url, int4=True)
+        run("model.yaml", vllm=upstream.url, weight_bits=4)
 
 
 def test_the_table_alone_is_no_llm(exported: Path) -> None:

@@ -43,9 +43,11 @@ AllowHost = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(help="name under which others may ask for this server; without keys only this machine's own names are answered"),
 ]
-Int4 = Annotated[
-    bool,
-    typer.Option("--int4", help="LLM in bfloat16, for up to 4 answers at a time in 4 bits; needs AVX-512 (docs/serve.md)"),
+WeightBits = Annotated[
+    int,
+    typer.Option(
+        help="of the LLM's weights: 8 or 4 are faster, in bfloat16, on processors with AVX-512 (docs/serve.md); 16: as they are"
+    ),
 ]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
 
@@ -201,13 +203,15 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
     grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM")] = 60.0,
     vllm: Annotated[Optional[str], typer.Option(help="URL of a vLLM server that holds the LLM (x2l export vllm)")] = None,  # noqa: UP045
-    int4: Int4 = False,
+    weight_bits: WeightBits = 16,
 ) -> None:
     """Serve a model over the API of OpenAI's clients (docs/serve.md).
 
     Examples:
 
         x2l serve
+
+        x2l serve --weight-bits 4
 
         X2L_API_KEYS=a-long-random-key x2l serve --host 0.0.0.0 --allow-remote
 
@@ -219,7 +223,7 @@ def serve(
         raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
 
     names, origins = tuple(allow_host or ()), tuple(origin or ())
-    run(model, host, port, api_keys, names, origins, allow_remote, max_batch, grace, vllm=vllm, int4=int4)
+    run(model, host, port, api_keys, names, origins, allow_remote, max_batch, grace, vllm=vllm, weight_bits=weight_bits)
 
 
 @app.command()
@@ -230,7 +234,7 @@ def web(
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
     allow_host: AllowHost = None,
     compare: Annotated[Optional[str], typer.Option(help="another model, which answers every question beside the first")] = None,  # noqa: UP045
-    int4: Int4 = False,
+    weight_bits: WeightBits = 16,
 ) -> None:
     """Chat with a model in the browser: photos, videos and sound, as far as it reads them (docs/serve.md).
 
@@ -251,7 +255,7 @@ def web(
         f"loading {model}{f' and {compare}' if compare else ''}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)",
         highlight=False,
     )
-    run(model, host, port, api_keys, tuple(allow_host or ()), page=True, compare=compare, int4=int4)
+    run(model, host, port, api_keys, tuple(allow_host or ()), page=True, compare=compare, weight_bits=weight_bits)
 
 
 @export_app.command(name="vllm")

@@ -18,10 +18,10 @@ from torch import Tensor
 from x2l.assistant import Assistant
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
+from x2l.serve.forward import forward_of
 from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
 from x2l.serve.job import Job
 from x2l.serve.lanes import Caches, Lanes
-from x2l.serve.packed import pack, unpack
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
 
@@ -137,7 +137,6 @@ class Engine:
         with self._wake:
             self._wake.notify()
         self._thread.join(timeout=30)
-        unpack(self.model.llm)
 
     # --- in the engine's thread -------------------------------------------------------------------------------------
 
@@ -163,11 +162,14 @@ class Engine:
             return not self._closed
 
     def _allocate(self) -> None:
-        """Where the states of answers are kept, and weights for few rows."""
-        pack(self.model.llm, self.config.packed_bytes, self.config.int4)
+        """The LLM's forward pass, and where the states of answers are kept."""
+        self.forward = forward_of(self.model.llm, self.config.packed_bytes, self.config.weight_bits)
         with torch.inference_mode():
             self._caches = Caches(self.model.llm)
-            self._lanes = Lanes(self.model.llm, self._caches)
+        self._lanes = self._no_lanes()
+
+    def _no_lanes(self) -> Lanes:
+        return Lanes(self.forward, self.model.llm.get_input_embeddings(), self._caches)
 
     def _turn(self) -> None:
         self._drop()
@@ -185,7 +187,7 @@ class Engine:
         except Exception:
             self.stats.errors += 1
             lost, self._active, self._ready = [*self._active, *self._ready], [], []
-            self._lanes = Lanes(self.model.llm, self._caches)
+            self._lanes = self._no_lanes()
             log.exception("a decode step failed; %d answers are lost", len(lost))
             for job in lost:
                 if not job.answer.finish_reason:  # its last token may have come before the failure
@@ -253,18 +255,12 @@ class Engine:
         """Compute the next chunk of a prompt, and with its end the answer's first token; returns how many positions that were."""
         assert job.embeds is not None
         start, end = job.length, min(job.length + chunk, job.prompt_length)
-        out = self.model.llm(
-            inputs_embeds=job.embeds[:, start:end],
-            position_ids=torch.arange(start, end, device=self.model.device)[None],
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._caches.name: job.cache},
-        )
-        job.cache, job.length = out[self._caches.name], end
+        logits = self.forward(job.embeds[:, start:end], torch.arange(start, end, device=self.model.device)[None], job.cache)
+        job.length = end
         if end == job.prompt_length:
             self.stats.prompt_tokens += job.prompt_length
             self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
-            ended = self._append(job, self._choose(job, out.logits[:, -1]))
+            ended = self._append(job, self._choose(job, logits))
             self._filling = None
             if not ended:
                 self._ready.append(job)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x2l.model import cache_name
+from x2l.serve.forward import Forward
 from x2l.serve.store import KV
 
 ROOM = 64  # positions that are added when there is none left
@@ -26,8 +27,7 @@ class Caches:
     """
 
     def __init__(self, llm: Any):
-        self.name = cache_name(llm)
-        probe = llm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=llm.device), use_cache=True)[self.name]
+        probe = llm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=llm.device), use_cache=True)[cache_name(llm)]
         self.config, self.make = llm.config, type(probe)
         if any(getattr(probe, "is_sliding", [])) or any(getattr(layer, "keys", None) is None for layer in probe.layers):
             raise ValueError("serving needs an LLM whose layers all attend to every position; this one keeps other states")
@@ -45,12 +45,13 @@ class Lanes:
     """The rows that are being decoded.
 
     Args:
-        llm: a causal LM that `Caches` accepts.
+        forward: of an LLM that `Caches` accepts.
+        table: its token embeddings.
         caches: makes its caches.
     """
 
-    def __init__(self, llm: Any, caches: Caches):
-        self.llm, self.caches = llm, caches
+    def __init__(self, forward: Forward, table: nn.Embedding, caches: Caches):
+        self.forward, self.table, self.caches = forward, table, caches
         self.lengths: list[int] = []  # positions of each row that the cache holds
         self._cache: Any = None
 
@@ -66,19 +67,13 @@ class Lanes:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feed one token a row, (B,) ids; logits (B, V) of the next ones."""
-        device = self.llm.device
+        device, width = self.table.weight.device, max(self.lengths)
         length = torch.tensor(self.lengths, device=device)[:, None]
-        width = max(self.lengths)
-        mask = torch.arange(width + 1, device=device) >= width - length
-        out = self.llm(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
-            attention_mask=None if bool(mask.all()) else mask.long(),
-            position_ids=length,
-            use_cache=True,
-            **{self.caches.name: self._cache},
-        )
+        padded = min(self.lengths) < width
+        visible = torch.arange(width + 1, device=device) >= width - length if padded else None
+        logits = self.forward(self.table(torch.tensor(tokens, device=device)[:, None]), length, self._cache, visible)
         self.lengths = [n + 1 for n in self.lengths]
-        return out.logits[:, -1]
+        return logits
 
     def states(self, row: int) -> KV:
         """A copy of one row's keys and values (1, H, L, d), without padding."""
@@ -116,12 +111,13 @@ class Roomy:
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             self.keys, self.values = _stacked([self.keys], self.length), _stacked([self.values], self.length)
-        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        self.keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
+        self.values.narrow(2, self.length, keys.shape[2]).copy_(values)
         self.length = end
         return self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
-        self.layer.keys, self.layer.values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        self.layer.keys, self.layer.values = self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
         return self.layer.keys, self.layer.values
 
 

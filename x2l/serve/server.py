@@ -158,25 +158,25 @@ def run(
     page: bool = False,
     vllm: str | None = None,
     compare: str | None = None,
-    int4: bool = False,
+    weight_bits: int = 16,
 ) -> None:
     """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL;
-    ``compare``: another model, which the page asks the same; ``int4``: LLMs in bfloat16, for few answers at a time in 4 bits.
+    ``compare``: another model, which the page asks the same; ``weight_bits``: of the LLMs', fewer than 16 of LLMs in bfloat16.
 
     Raises:
-        ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or ``int4`` with
-            ``vllm`` or on a processor that has no such products.
+        ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or fewer
+            ``weight_bits`` than 16 with ``vllm`` or on a processor that has no such products.
     """
     keys = read_keys(keys_file)
     if not keys and host not in LOCAL:
         raise ValueError(f"--host {host} is open to others: set X2L_API_KEYS or --api-keys FILE, or use --host 127.0.0.1")
     if "*" in origins:
         raise ValueError("--origin * would let every web page use this server: name the origins")
-    if int4 and vllm is not None:
-        raise ValueError(f"--int4 is for an LLM in this process, not at {vllm}: let vLLM quantise it")
+    if weight_bits != 16 and vllm is not None:
+        raise ValueError(f"--weight-bits {weight_bits} is for an LLM in this process, not at {vllm}: let vLLM quantise it")
     names = served_names([model] if compare is None else [model, compare])
-    engine_config = EngineConfig(max_batch=max_batch, int4=int4)
-    overrides = ["llm.dtype=bfloat16"] if int4 else []
+    engine_config = EngineConfig(max_batch=max_batch, weight_bits=weight_bits)
+    overrides = ["llm.dtype=bfloat16"] if weight_bits < 16 else []
     limits = Limits(max_requests=len(names) * (max_batch + engine_config.max_queue))
     bounds: dict[str, dict[str, Any]] = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
     pool = DecoderPool(seconds=limits.decode_seconds, bounds=bounds)

@@ -1,0 +1,119 @@
+"""Our forward pass against Hugging Face's own: prompts, prompts in pieces, rows of one token with and without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llm
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from x2l.serve.forward import Forward, Llama, Plain, forward_of
+from x2l.serve.lanes import Caches, Lanes
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama with biases and tied": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama 3": {"model_type": "llama", "rope_parameters": LLAMA3, "head_dim": 12},
+    "qwen2": {"model_type": "qwen2", "hidden_act": "gelu"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **FAMILIES[family]), dtype=dtype).eval()
+    with torch.no_grad():
+        for name, weight in llm.named_parameters():
+            if "norm" in name or "bias" in name:  # else ones and zeros, which hide what is left out
+                weight.add_(0.3 * torch.randn_like(weight))
+    return llm.requires_grad_(False)
+
+
+@torch.inference_mode()
+def talk(llm: Any, forward: Forward, pieces: list[int]) -> list[torch.Tensor]:
+    """Logits of a prompt that comes in pieces, of three prompts of different lengths, and of four tokens behind each of them."""
+    table, caches = llm.get_input_embeddings(), Caches(llm)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(97, (1, sum(pieces)), generator=generator)
+    cache, found, at = caches.load([]), [], 0
+    for size in pieces:
+        found.append(forward(table(ids[:, at : at + size]), torch.arange(at, at + size)[None], cache))
+        at += size
+    lanes = Lanes(forward, table, caches)
+    for length in (at, 5, 11):
+        if length != at:
+            cache = caches.load([])
+            found.append(forward(table(ids[:, :length]), torch.arange(length)[None], cache))
+        lanes.join(cache, length)
+        found.append(lanes.step([int(i) for i in torch.randint(97, (len(lanes.lengths),), generator=generator)]))
+    found += [lanes.step([3, 4, 5]) for _ in range(2)]
+    lanes.keep([1])
+    return [*found, lanes.step([6])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pieces", [[20], [13, 7], [1, 1, 18]])
+@pytest.mark.parametrize("packed_bytes", [0, 1 << 24])
+def test_the_numbers_are_hugging_faces(family: str, pieces: list[int], packed_bytes: int) -> None:
+    llm = make(family)
+    ours = forward_of(llm, packed_bytes)
+    assert type(ours) is Llama
+    for found, expected in zip(talk(llm, ours, pieces), talk(llm, Plain(llm), pieces), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_they_are_as_near(family: str) -> None:
+    """The error against float64 is at most twice Hugging Face's."""
+    llm, pieces = make(family, torch.bfloat16), [13, 7]
+    ours, theirs = talk(llm, forward_of(llm, 1 << 24), pieces), talk(llm, Plain(llm), pieces)
+    exact = talk(llm.double(), Plain(llm), pieces)
+    errors = [sum(float((a - b).square().mean()) for a, b in zip(found, exact, strict=True)) for found in (ours, theirs)]
+    assert errors[0] < 4 * errors[1]
+
+
+def test_other_llms_run_as_they_are() -> None:
+    config = AutoConfig.for_model(
+        "gpt_neox", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    forward = forward_of(llm, 1 << 24)
+    assert type(forward) is Plain
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        cache = Caches(llm).load([])
+        first = forward(llm.get_input_embeddings()(ids[:, :7]), ids[:, :7], cache)
+        rest = forward(llm.get_input_embeddings()(ids[:, 7:]), ids[:, 7:], cache)
+        logits = llm(input_ids=ids).logits[0, [6, 11]]
+    torch.testing.assert_close(torch.cat([first, rest]), logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="this one is GPTNeoXForCausalLM"):
+        forward_of(llm, 1 << 24, weight_bits=4)
+
+
+def test_layers_that_somebody_has_replaced_are_called() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    llm = make_llm()
+    assert type(forward_of(llm)) is Llama
+    llm.model.layers[1].mlp.up_proj = Adapted(32, 64, bias=False)
+    assert type(forward_of(llm)) is Plain
+
+
+def test_parameters_stay_what_they_are() -> None:
+    llm = make_llm()
+    before = {name: (value.data_ptr(), value.clone()) for name, value in llm.state_dict().items()}
+    talk(llm, forward_of(llm, 1 << 24), [20])
+    after = llm.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name].data_ptr() == place and torch.equal(after[name], value) for name, (place, value) in before.items())

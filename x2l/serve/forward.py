@@ -1,0 +1,171 @@
+"""The LLM's forward pass as the engine calls it: embeddings in, the last position's logits out, states in a cache.
+
+Hugging Face's layers spend more time around the products of one row than in them: a hundred small operations a layer, each called
+from Python. LLMs that are built like LLaMA, which most are, run here in a quarter of these, on weights that are laid out for few
+rows (packed.py); they compute the same numbers. Others run as they are.
+
+Shape letters: B rows, L new positions, S positions with those in the cache, D width, H heads, d width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from x2l.model import cache_name
+from x2l.serve.packed import Product, pack
+
+LIKE_LLAMA = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+
+class Forward(Protocol):
+    """What computes new positions of B rows."""
+
+    def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
+        """Logits (B, V) behind the last position; keys and values are added to ``cache``.
+
+        Each position sees those before it. ``visible_BS``, for L = 1 alone: which of them each row sees (padding: False).
+        """
+        ...
+
+
+def forward_of(llm: Any, packed_bytes: int = 0, weight_bits: int = 16) -> Forward:
+    """The fastest forward pass that we have of ``llm``.
+
+    Args:
+        llm: a Hugging Face causal LM.
+        packed_bytes, weight_bits: as for `pack`.
+
+    Raises:
+        ValueError: no weights of 4 or 8 bits for this LLM, processor or in this much memory.
+    """
+    if _like_llama(llm):
+        return Llama(llm, packed_bytes, weight_bits)
+    if weight_bits < 16:
+        raise ValueError(
+            f"{weight_bits}-bit weights are for LLMs of {', '.join(sorted(LIKE_LLAMA))}; this one is {type(llm).__name__}"
+        )
+    return Plain(llm)
+
+
+class Plain:
+    """Hugging Face's own forward pass."""
+
+    def __init__(self, llm: Any):
+        self.llm, self.cache_name = llm, cache_name(llm)
+
+    def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
+        out = self.llm(
+            inputs_embeds=embeds_BLD,
+            attention_mask=None if visible_BS is None else visible_BS.long(),
+            position_ids=positions_BL,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_name: cache},
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+class Block(NamedTuple):
+    """One layer: weights of its norms, its products, and its activation function."""
+
+    norm: Tensor
+    qkv: Product
+    qk_norm: Tensor | None  # (H, 1, d) of queries and keys, where each head has a norm
+    out: Product
+    ffn_norm: Tensor
+    gate_up: Product
+    activation: Any
+    down: Product
+
+
+class Llama:
+    """The forward pass of LLMs like LLaMA: queries, keys and values in one product, gates and inputs of the FFN in another."""
+
+    def __init__(self, llm: Any, packed_bytes: int = 0, weight_bits: int = 16):
+        decoder, attention = llm.model, llm.model.layers[0].self_attn
+        self.rotary, self.norm, self.eps, self.width = (
+            decoder.rotary_emb,
+            decoder.norm.weight,
+            llm.config.rms_norm_eps,
+            attention.head_dim,
+        )
+        self.num_q, self.num_k, _ = (layer.out_features // self.width for layer in _qkv(attention))
+        *products, self.head = pack(_linears(llm), packed_bytes, weight_bits)
+        fours = zip(*[iter(products)] * 4, strict=True)
+        self.blocks = [
+            Block(
+                norm=layer.input_layernorm.weight,
+                qkv=qkv,
+                qk_norm=self._qk_norm(layer.self_attn),
+                out=out,
+                ffn_norm=layer.post_attention_layernorm.weight,
+                gate_up=gate_up,
+                activation=layer.mlp.act_fn,
+                down=down,
+            )
+            for (qkv, out, gate_up, down), layer in zip(fours, decoder.layers, strict=True)
+        ]
+
+    def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
+        num_rows, length, _ = embeds_BLD.shape
+        cos, sin = (part[:, None] for part in self.rotary(embeds_BLD, positions_BL))
+        first, second = sin.chunk(2, -1)
+        sin = torch.cat([-first, second], -1)
+        mask = _mask(length, cache.get_seq_length(), visible_BS, embeds_BLD.device)
+        x, num_qk = embeds_BLD.flatten(0, 1), self.num_q + self.num_k
+        for block, states in zip(self.blocks, cache.layers, strict=True):
+            heads = block.qkv(self._norm(x, block.norm)).view(num_rows, length, -1, self.width).transpose(1, 2)
+            qk = heads[:, :num_qk]
+            if block.qk_norm is not None:
+                qk = self._norm(qk, block.qk_norm)
+            qk = qk * cos + qk.roll(self.width // 2, -1) * sin  # rotary position embedding (arXiv 2104.09864)
+            k, v = states.update(qk[:, self.num_q :], heads[:, num_qk:])
+            causal = mask is None and length > 1
+            read = F.scaled_dot_product_attention(qk[:, : self.num_q], k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+            x = x + block.out(read.transpose(1, 2).reshape(num_rows * length, -1))
+            gate, up = block.gate_up(self._norm(x, block.ffn_norm)).chunk(2, -1)
+            x = x + block.down(block.activation(gate) * up)
+        return self.head(self._norm(x.view(num_rows, length, -1)[:, -1], self.norm))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Root-mean-square norm (arXiv 1910.07467), rounded where transformers' layers round."""
+        scaled = x.float()
+        scaled = scaled * torch.rsqrt(scaled.square().mean(-1, keepdim=True) + self.eps)
+        return weight * scaled.to(x.dtype)
+
+    def _qk_norm(self, attention: Any) -> Tensor | None:
+        if not hasattr(attention, "q_norm"):
+            return None
+        q, k = attention.q_norm.weight, attention.k_norm.weight
+        return torch.cat([q.expand(self.num_q, 1, -1), k.expand(self.num_k, 1, -1)])
+
+
+def _mask(length: int, past: int, visible_BS: Tensor | None, device: torch.device) -> Tensor | None:
+    """What ``length`` new positions see of ``past`` ones and themselves: True; None: all before them."""
+    if visible_BS is not None:
+        return visible_BS[:, None, None]
+    if length == 1 or not past:
+        return None
+    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+
+
+def _like_llama(llm: Any) -> bool:
+    return type(llm).__name__ in LIKE_LLAMA and all(type(layer) is nn.Linear for group in _linears(llm) for layer in group)
+
+
+def _qkv(attention: Any) -> list[Any]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _linears(llm: Any) -> list[list[Any]]:
+    """The linear layers that are given the same input: four groups a block, and the output layer."""
+    groups: list[list[Any]] = []
+    for layer in llm.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups += [_qkv(attention), [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    return [*groups, [llm.get_output_embeddings()]]
