@@ -2,12 +2,12 @@
 
     python benchmarks/serve.py [model] [tokens] [--only PART] [--set llm.dtype=bfloat16 [--weight-bits 8|4]]
 
-Real HTTP on this machine, one thread of computing, float32 unless an override of the model's recipe says otherwise. Peers have an
-LLM of their own, as it is loaded: the engine packs its weights. Times are CPU seconds of this process (server, engine and client
-together), minima of runs in turns, so that other load shows little; ratios hold across machines, times do not. Answers run to
-their full length: no end token. The peers of the first token, each computing everything anew as they do: the model's own parts
-in Hugging Face's way (`generate` of the LLM on embeddings), from the file on; and a `Blip2ForConditionalGeneration` with random
-weights of like size around the same LLM (ViT of 12 x 192, Q-Former of 4 x 384, 32 queries), from pixels in memory on.
+Real HTTP on this machine, one thread of computing, float32 unless an override of the model's recipe says otherwise. Times are
+CPU seconds of this process (server, engine and client together), minima of runs in turns, so that other load shows little; ratios
+hold across machines, times do not. Answers run to their full length: no end token. The peers of the first token, each computing
+everything anew as they do: the model's own parts in Hugging Face's way (`generate` of the LLM on embeddings), from the file on;
+and a `Blip2ForConditionalGeneration` with random weights of like size around the same LLM (ViT of 12 x 192, Q-Former of 4 x 384,
+32 queries), from pixels in memory on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Bench:
     """
 
     def __init__(self, model: str, tokens: int, overrides: Sequence[str] = (), weight_bits: int = 16):
-        self.tokens, self.assistant, self.peer = tokens, Assistant.load(model, overrides), Assistant.load(model, overrides)
+        self.tokens, self.assistant = tokens, Assistant.load(model, overrides)
         config = EngineConfig(request_seconds=1e6, weight_bits=weight_bits)  # other load may slow everything down
         self.engine = Engine(self.assistant, config)
         self.engine.stops = set()
@@ -119,7 +119,7 @@ def throughput(bench: Bench) -> None:
 
 def steps(bench: Bench) -> None:
     """What bounds `throughput`: a decode step of 1 and of 8 rows by Hugging Face's layers and by ours."""
-    llm = bench.peer.model.llm
+    llm = bench.assistant.model.llm
     table, caches = llm.get_input_embeddings(), Caches(llm)
 
     def lanes(forward: Forward, rows: int) -> Lanes:
@@ -139,7 +139,7 @@ def steps(bench: Bench) -> None:
 
 def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
     """`generate` of one token by Hugging Face's BLIP-2 around the same LLM, its prompt as long as ours."""
-    llm, queries = bench.peer.model.llm, 32
+    llm, queries = bench.assistant.model.llm, 32
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}
     bridge = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
     config = transformers.Blip2Config(
@@ -159,10 +159,10 @@ def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
 
 def first_token(bench: Bench) -> None:
     """One token about a photo: all new; its embeddings known; asked about before; the same prompt. The peers compute all anew."""
-    photo, model = bench.photos[0], bench.peer.model
+    photo, model = bench.photos[0], bench.assistant.model
 
     def embeds() -> Any:
-        return model.embed(bench.peer.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])).embeds
+        return model.embed(bench.assistant.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])).embeds
 
     def parts() -> Any:
         return model.llm.generate(inputs_embeds=embeds(), max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -200,8 +200,8 @@ def first_token(bench: Bench) -> None:
 
 def decode(bench: Bench) -> None:
     """Tokens a second of one answer, beyond its first."""
-    llm = bench.peer.model.llm
-    ids = torch.tensor([bench.peer.tokenizer("Tell me about the sea.")["input_ids"]])
+    llm = bench.assistant.model.llm
+    ids = torch.tensor([bench.assistant.tokenizer("Tell me about the sea.")["input_ids"]])
 
     def peer(tokens: int) -> Any:
         return llm.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)

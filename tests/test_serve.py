@@ -402,5 +402,5 @@ def test_fewer_bits_are_asked_for_by_an_option_and_computed_in_bfloat16(command:
         with pytest.raises(ValueError, match="loaded"):
             CliRunner().invoke(app, [command, *options], catch_exceptions=False)
         assert loaded == [("tiny", overrides)]
-    with pytest.raises(ValueError, match="weight_bits must be 16, 8 or 4, got 5"):
+    with pytest.raises(ValueError, match="weight bits must be 16, 8 or 4, got 5"):
         CliRunner().invoke(app, [command, "--weight-bits", "5"], catch_exceptions=False)

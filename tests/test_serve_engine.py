@@ -351,5 +351,5 @@ def test_in_fewer_bits_it_answers_too(llm_folder: Path, bits: int) -> None:
         assert all("".join(answer) and answer.usage.completion for answer in answers)
     finally:
         engine.close()
-    with pytest.raises(ValueError, match="are allowed"):
+    with pytest.raises(ValueError, match="packed_bytes allows"):
         Engine(model, EngineConfig(weight_bits=bits, packed_bytes=10))

@@ -10,19 +10,32 @@ from conftest import make_llm
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from x2l.serve.forward import Forward, Llama, Plain, forward_of
+from x2l.build import bf16_in_hardware
+from x2l.serve.forward import Forward, Llama, Plain, forward_of, linears
 from x2l.serve.lanes import Caches, Lanes
+from x2l.serve.packed import eight_bits, four_bits
+
+needs_few_bits = pytest.mark.skipif(
+    not bf16_in_hardware() or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="the processor has no AVX-512 with bfloat16",
+)
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "rms_norm_eps": 1e-2,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama with biases and tied": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama 3": {"model_type": "llama", "rope_parameters": LLAMA3, "head_dim": 12},
+    "llama of one layer, without groups": {"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 4},
+    "llama of 64": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 112},
+    "llama with yarn": {"model_type": "llama", "rope_parameters": YARN},
+    "llama that grows": {"model_type": "llama", "rope_parameters": DYNAMIC, "max_position_embeddings": 16},
     "qwen2": {"model_type": "qwen2", "hidden_act": "gelu"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
@@ -31,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **FAMILIES[family]), dtype=dtype).eval()
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | FAMILIES[family]), dtype=dtype).eval()
     with torch.no_grad():
         for name, weight in llm.named_parameters():
             if "norm" in name or "bias" in name:  # else ones and zeros, which hide what is left out
@@ -74,12 +87,29 @@ def test_the_numbers_are_hugging_faces(family: str, pieces: list[int], packed_by
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_they_are_as_near(family: str) -> None:
-    """The error against float64 is at most twice Hugging Face's."""
+    """Against float64."""
     llm, pieces = make(family, torch.bfloat16), [13, 7]
     ours, theirs = talk(llm, forward_of(llm, 1 << 24), pieces), talk(llm, Plain(llm), pieces)
     exact = talk(llm.double(), Plain(llm), pieces)
     errors = [sum(float((a - b).square().mean()) for a, b in zip(found, exact, strict=True)) for found in (ours, theirs)]
-    assert errors[0] < 4 * errors[1]
+    assert errors[0] < 1.5 * errors[1]
+
+
+@needs_few_bits
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_are_those_of_the_rounded_weights(bits: int) -> None:
+    llm, pieces = make("llama of 64", torch.bfloat16), [13, 7]
+    found, unrounded = talk(llm, forward_of(llm, 1 << 24, bits), pieces), talk(llm, Plain(llm), pieces)
+    *inner, output = linears(llm)
+    for group, rounded in [*((group, {8: eight_bits, 4: four_bits}[bits]) for group in inner), (output, eight_bits)]:
+        for layer in group:
+            layer.weight.data = rounded(layer.weight)[2]
+    near = talk(llm, Plain(llm), pieces)
+
+    def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+        return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True)) ** 0.5
+
+    assert difference(found, near) < (0.5 if bits == 4 else 0.9) * difference(found, unrounded)
 
 
 def test_other_llms_run_as_they_are() -> None:
@@ -96,18 +126,38 @@ def test_other_llms_run_as_they_are() -> None:
         rest = forward(llm.get_input_embeddings()(ids[:, 7:]), ids[:, 7:], cache)
         logits = llm(input_ids=ids).logits[0, [6, 11]]
     torch.testing.assert_close(torch.cat([first, rest]), logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="this one is GPTNeoXForCausalLM"):
+    with pytest.raises(ValueError, match="this one is GPTNeoXForCausalLM, not one of LlamaForCausalLM"):
         forward_of(llm, 1 << 24, weight_bits=4)
 
 
-def test_layers_that_somebody_has_replaced_are_called() -> None:
+def test_an_llm_that_somebody_has_changed_runs_as_it_is() -> None:
     class Adapted(nn.Linear):
         pass
 
-    llm = make_llm()
-    assert type(forward_of(llm)) is Llama
-    llm.model.layers[1].mlp.up_proj = Adapted(32, 64, bias=False)
-    assert type(forward_of(llm)) is Plain
+    def adapt(llm: Any) -> None:
+        llm.model.layers[1].mlp.up_proj = Adapted(32, 64, bias=False)
+
+    def replace(llm: Any) -> None:
+        llm.model.layers[1].input_layernorm = Adapted(32, 32)
+
+    def hook(llm: Any) -> None:
+        llm.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+    def patch(llm: Any) -> None:
+        llm.model.layers[0].self_attn.q_proj.forward = lambda x: x
+
+    assert type(forward_of(make_llm())) is Llama
+    for change, where in (
+        (adapt, "layers.1.mlp.up_proj is test_serve_forward.Adapted"),
+        (replace, "layers.1.input_layernorm is"),
+        (hook, "layers.0.mlp is hooked"),
+        (patch, "layers.0.self_attn.q_proj is hooked or patched"),
+    ):
+        llm = make_llm()
+        change(llm)
+        assert type(forward_of(llm)) is Plain
+        with pytest.raises(ValueError, match=f"4-bit weights are for LLMs like LLaMA .*{where}"):
+            forward_of(llm, weight_bits=4)
 
 
 def test_parameters_stay_what_they_are() -> None:

@@ -163,9 +163,9 @@ class Engine:
 
     def _allocate(self) -> None:
         """The LLM's forward pass, and where the states of answers are kept."""
-        self.forward = forward_of(self.model.llm, self.config.packed_bytes, self.config.weight_bits)
         with torch.inference_mode():
             self._caches = Caches(self.model.llm)
+        self.forward = forward_of(self.model.llm, self.config.packed_bytes, self.config.weight_bits)
         self._lanes = self._no_lanes()
 
     def _no_lanes(self) -> Lanes:

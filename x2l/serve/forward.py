@@ -1,23 +1,25 @@
 """The LLM's forward pass as the engine calls it: embeddings in, the last position's logits out, states in a cache.
 
-Hugging Face's layers spend more time around the products of one row than in them: a hundred small operations a layer, each called
-from Python. LLMs that are built like LLaMA, which most are, run here in a quarter of these, on weights that are laid out for few
-rows (packed.py); they compute the same numbers. Others run as they are.
+Hugging Face's layers spend more time around the products of one row than in them: eighty small operations a layer, and Python
+between them. LLMs like LLaMA run here in about half of these, on weights that are laid out for few rows (packed.py); without
+fewer bits the results differ by no more than the order of sums. Others run as they are.
 
 Shape letters: B rows, L new positions, S positions with those in the cache, D width, H heads, d width of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from x2l.model import cache_name
 from x2l.serve.packed import Product, pack
 
+log = logging.getLogger(__name__)
 LIKE_LLAMA = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
@@ -25,9 +27,9 @@ class Forward(Protocol):
     """What computes new positions of B rows."""
 
     def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
-        """Logits (B, V) behind the last position; keys and values are added to ``cache``.
+        """Logits (B, V) behind the last position; keys and values are added to ``cache``, in place.
 
-        Each position sees those before it. ``visible_BS``, for L = 1 alone: which of them each row sees (padding: False).
+        Each position sees itself and those before it. ``visible_BS``, for L = 1 alone: which of them a row sees (padding: False).
         """
         ...
 
@@ -42,12 +44,12 @@ def forward_of(llm: Any, packed_bytes: int = 0, weight_bits: int = 16) -> Forwar
     Raises:
         ValueError: no weights of 4 or 8 bits for this LLM, processor or in this much memory.
     """
-    if _like_llama(llm):
+    other = _unlike_llama(llm)
+    if not other:
         return Llama(llm, packed_bytes, weight_bits)
     if weight_bits < 16:
-        raise ValueError(
-            f"{weight_bits}-bit weights are for LLMs of {', '.join(sorted(LIKE_LLAMA))}; this one is {type(llm).__name__}"
-        )
+        raise ValueError(f"{weight_bits}-bit weights are for LLMs like LLaMA as transformers has them: {other}")
+    log.info("the LLM runs in transformers' layers: %s", other)
     return Plain(llm)
 
 
@@ -88,14 +90,10 @@ class Llama:
 
     def __init__(self, llm: Any, packed_bytes: int = 0, weight_bits: int = 16):
         decoder, attention = llm.model, llm.model.layers[0].self_attn
-        self.rotary, self.norm, self.eps, self.width = (
-            decoder.rotary_emb,
-            decoder.norm.weight,
-            llm.config.rms_norm_eps,
-            attention.head_dim,
-        )
+        self.rotary, self.norm, self.eps = decoder.rotary_emb, decoder.norm.weight, llm.config.rms_norm_eps
+        self.width = attention.head_dim
         self.num_q, self.num_k, _ = (layer.out_features // self.width for layer in _qkv(attention))
-        *products, self.head = pack(_linears(llm), packed_bytes, weight_bits)
+        *products, self.head = pack(linears(llm), packed_bytes, weight_bits)
         fours = zip(*[iter(products)] * 4, strict=True)
         self.blocks = [
             Block(
@@ -125,8 +123,7 @@ class Llama:
                 qk = self._norm(qk, block.qk_norm)
             qk = qk * cos + qk.roll(self.width // 2, -1) * sin  # rotary position embedding (arXiv 2104.09864)
             k, v = states.update(qk[:, self.num_q :], heads[:, num_qk:])
-            causal = mask is None and length > 1
-            read = F.scaled_dot_product_attention(qk[:, : self.num_q], k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+            read = _attend(qk[:, : self.num_q], k, v, mask)
             x = x + block.out(read.transpose(1, 2).reshape(num_rows * length, -1))
             gate, up = block.gate_up(self._norm(x, block.ffn_norm)).chunk(2, -1)
             x = x + block.down(block.activation(gate) * up)
@@ -146,23 +143,42 @@ class Llama:
 
 
 def _mask(length: int, past: int, visible_BS: Tensor | None, device: torch.device) -> Tensor | None:
-    """What ``length`` new positions see of ``past`` ones and themselves: True; None: all before them."""
+    """What ``length`` new positions see of ``past`` ones and themselves: True; None: all up to each."""
     if visible_BS is not None:
+        assert length == 1
         return visible_BS[:, None, None]
     if length == 1 or not past:
         return None
     return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
 
 
-def _like_llama(llm: Any) -> bool:
-    return type(llm).__name__ in LIKE_LLAMA and all(type(layer) is nn.Linear for group in _linears(llm) for layer in group)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (B, H, L, d) to k and v (B, K, S, d), H / K heads each."""
+    if q.shape[2] == 1:  # the heads of a group are its rows
+        return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask).view(q.shape)
+    if mask is not None and q.device.type != "cpu":  # there a mask and groups together have no kernel but the slowest
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _unlike_llama(llm: Any) -> str:
+    """Why `Llama` does not compute what this LLM does; empty if it does."""
+    if type(llm).__name__ not in LIKE_LLAMA:
+        return f"this one is {type(llm).__name__}, not one of {', '.join(sorted(LIKE_LLAMA))}"
+    known = (type(llm).__module__, "torch.nn.", "transformers.activations")
+    for name, module in llm.named_modules():
+        if not type(module).__module__.startswith(known):
+            return f"in this one {name} is {type(module).__module__}.{type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"in this one {name} is hooked or patched"
+    return ""
 
 
 def _qkv(attention: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def _linears(llm: Any) -> list[list[Any]]:
+def linears(llm: Any) -> list[list[Any]]:
     """The linear layers that are given the same input: four groups a block, and the output layer."""
     groups: list[list[Any]] = []
     for layer in llm.model.layers:

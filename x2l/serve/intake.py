@@ -36,13 +36,13 @@ class EngineConfig:
     kv_bytes: int = 2 << 30  # states of all answers in progress
     prefix_bytes: int = 512 << 20
     embedding_bytes: int = 256 << 20
-    packed_bytes: int = 3 << 29  # of the LLM's weights in a layout for few rows; a larger LLM goes without
+    packed_bytes: int = 3 << 29  # of weights in a layout for few rows; a larger LLM, or one unlike LLaMA, goes without
     weight_bits: int = 16  # of the LLM's weights in that layout: 16, 8 or 4; fewer than 16 for bfloat16 alone
     request_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (16, 8, 4):
-            raise ValueError(f"weight_bits must be 16, 8 or 4, got {self.weight_bits}")
+            raise ValueError(f"weight bits must be 16, 8 or 4, got {self.weight_bits}")
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 A decode step multiplies every weight with one row for each answer in progress. PyTorch's general product lays a weight out anew
 at every call, which for a few rows is most of the work. In float32 one or two rows have a routine of their own, and many rows
-repay the layout; in bfloat16 it always costs (benchmarks/serve.py, steps). Layers that are given the same input, such as those
-for queries, keys and values, share a product: a small LLM's are too small for a call each.
+repay the layout; in bfloat16 it always costs. Layers that are given the same input, such as those for queries, keys and values,
+share a product: a small LLM's are too small for a call each.
 
 A row is bound by reading the weights, so that fewer bits a weight pay, where asked for, for few rows; more are multiplied with the
-same weights in bfloat16. Eight bits: steps of 1/127 of each output's largest weight. Four: every 32 weights of an output get 16
-levels from their least to their largest; a GGUF file in Q4_1 has these levels, but for what bfloat16 rounds (docs/serve.md). The
-output layer, which such files keep finer, has eight bits in both, for any number of rows.
+same weights as bfloat16 rounds them. Eight bits: steps of 1/127 of each output's largest weight. Four: every 32 weights of an
+output get 16 levels from their least to their largest; a GGUF file in Q4_1 has these levels, but for what bfloat16 rounds
+(docs/serve.md). The output layer, which such files keep finer, has eight bits in both, for any number of rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FEW_ROWS = 4  # for which fewer bits are the faster ones: all layers of tiny 10,
 # and 27 in 8, packed 35 (with the memory busy)
 GROUP = 32  # weights that share their levels
 FINE = 254  # steps of an input's second eight bits in one of its first: half a step is 127
-COPIES = {16: 1.0, 8: 1.5, 4: 1.3125}  # bytes of all copies beside the weights, in units of these
+COPIES = {16: 1.0, 8: 1.5, 4: 1.3125}  # bytes of all copies beside the weights, in units of these; of the output layer's 8 bits 0.5
 
 
 def pack(groups: Sequence[Sequence[nn.Linear]], max_bytes: int, weight_bits: int = 16) -> list[Product]:
@@ -38,20 +38,22 @@ def pack(groups: Sequence[Sequence[nn.Linear]], max_bytes: int, weight_bits: int
 
     Args:
         groups: layers that are given the same input, all with a bias or all without; the last group is the output layer.
-        weight_bits: 16: as the weights are; 8 or 4: for few rows. The output layer, and layers whose inputs do not come by 32 or
-            outputs by 16, have 8 then, for any number of rows.
+        weight_bits: 16: as the weights are; 8 or 4: for few rows, but for layers whose inputs do not come by 32, or outputs by 16.
+            The output layer has 8 then, for any number of rows.
 
     Raises:
         ValueError: no products of 4 or 8 bits for weights of this type, this processor or in this much memory.
     """
+    *inner, output = groups
     weights = [layer.weight for group in groups for layer in group]
-    size = int(sum(weight.nbytes for weight in weights) * COPIES[weight_bits])
+    in_output = sum(layer.weight.nbytes for layer in output)
+    size = int((sum(weight.nbytes for weight in weights) - in_output) * COPIES[weight_bits])
+    size += in_output if weight_bits == 16 else in_output // 2
     if weight_bits < 16:
         _check_bits(weight_bits, weights, size, max_bytes)
     if size > max_bytes or not all(map(_possible, weights)):
         return [Product(group) for group in groups]
-    *inner, output = groups
-    return [*(PackedProduct(group, weight_bits) for group in inner), PackedProduct(output, weight_bits, any_rows=True)]
+    return [*(PackedProduct(group, weight_bits) for group in inner), PackedProduct(output, weight_bits, output=True)]
 
 
 def _check_bits(bits: int, weights: Sequence[Tensor], size: int, max_bytes: int) -> None:
@@ -62,7 +64,7 @@ def _check_bits(bits: int, weights: Sequence[Tensor], size: int, max_bytes: int)
         found = f"PyTorch finds {capability}, bfloat16: {bf16_in_hardware()}, and the LLM on {weights[0].device}"
         raise ValueError(f"{bits}-bit weights need a processor with AVX-512 and bfloat16; {found}")
     if size > max_bytes:
-        raise ValueError(f"{bits}-bit weights would take {size:,} bytes beside the LLM, {max_bytes:,} are allowed (packed_bytes)")
+        raise ValueError(f"{bits}-bit weights take {size:,} bytes beside the LLM, EngineConfig.packed_bytes allows {max_bytes:,}")
 
 
 def _possible(weight: Tensor) -> bool:
@@ -93,49 +95,57 @@ class PackedProduct(Product):
     Args:
         layers: of one input width and type, all with a bias or all without.
         bits: of a weight, 16 (as it is), 8 or 4.
-        any_rows: whether fewer bits than 16 are for any number of rows, and not for few; they are 8 then.
+        output: whether this is the output layer, which has no fewer than 8, and these for any number of rows.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], bits: int = 16, any_rows: bool = False):
+    def __init__(self, layers: Sequence[nn.Linear], bits: int = 16, output: bool = False):
         super().__init__(layers)
         weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        assert len(biases) in (0, len(layers))
         self.bias = torch.cat(biases) if biases else None
         self.plain = weight.dtype == torch.float32
         self.few: Callable[[Tensor], Tensor] | None = None
-        if bits < 16 and (any_rows or weight.shape[0] % 16 or weight.shape[1] % GROUP):  # others crash PyTorch's products
-            self.many = _fifteen_by_eight_bits(weight)
+        if output and bits < 16:
+            self.many = _fifteen_by_eight_bits(weight, self.bias)
             return
-        if bits == 4:
+        if bits == 4 and _fits(weight):
             codes, scales, weight = four_bits(weight)
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             self.few = lambda rows: torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, scales)
-        elif bits == 8:
+        elif bits == 8 and _fits(weight):
             codes, steps, weight = eight_bits(weight)
             self.few = lambda rows: torch._weight_int8pack_mm(rows, codes, steps)
-        self.many = _laid_out(weight)
+        self.many = _laid_out(weight, self.bias)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, in) -> (N, sum of out)."""
         if self.plain and len(rows) not in FLOAT32_ROWS:
             return super().__call__(rows)
-        out = self.few(rows.contiguous()) if self.few is not None and len(rows) <= FEW_ROWS else self.many(rows)
-        return out if self.bias is None else out + self.bias
+        if self.few is None or len(rows) > FEW_ROWS:
+            return self.many(rows)
+        few = self.few(rows.contiguous())
+        return few if self.bias is None else few + self.bias
 
 
-def _laid_out(weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _fits(weight: Tensor) -> bool:
+    """Whether PyTorch's products of few bits can take it; of some other shapes they crash."""
+    return weight.shape[0] % 16 == 0 and weight.shape[1] % GROUP == 0
+
+
+def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, HINT)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda rows: multiply(rows, packed, None, "none", [], "")
+    return lambda rows: multiply(rows, packed, bias, "none", [], "")
 
 
-def _fifteen_by_eight_bits(weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _fifteen_by_eight_bits(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The processor's product of 8 by 8 bits, which reads a large weight fastest.
 
     Inputs in 8 bits would ruin an LLM, whose few large channels leave nothing of the others. Two rows cost as much as one: the
     second is what the first leaves over, so that inputs have 15 bits.
     """
-    codes, steps, _ = eight_bits(weight)
+    codes, steps = eight_bits(weight)[:2]
     packed = torch.ops.onednn.qlinear_prepack(codes, [HINT, codes.shape[1]])
     steps, zeros = steps.float(), torch.zeros(len(codes), dtype=torch.int32)
     multiply = torch.ops.onednn.qlinear_pointwise.default
@@ -143,7 +153,8 @@ def _fifteen_by_eight_bits(weight: Tensor) -> Callable[[Tensor], Tensor]:
     def product(rows: Tensor) -> Tensor:
         x, scale = fifteen_bits(rows)
         y = multiply(x, 1.0, 0, packed, steps, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        return torch.add(y[: len(rows)], y[len(rows) :], alpha=1 / FINE).mul_(scale).to(rows.dtype)
+        y = torch.add(y[: len(rows)], y[len(rows) :], alpha=1 / FINE).mul_(scale)
+        return (y if bias is None else y + bias).to(rows.dtype)
 
     return product
 

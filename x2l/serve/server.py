@@ -161,7 +161,8 @@ def run(
     weight_bits: int = 16,
 ) -> None:
     """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL;
-    ``compare``: another model, which the page asks the same; ``weight_bits``: of the LLMs', fewer than 16 of LLMs in bfloat16.
+    ``compare``: another model, which the page asks the same; ``weight_bits``: as in `EngineConfig`, fewer than 16 of LLMs that are
+    loaded in bfloat16.
 
     Raises:
         ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or fewer
