@@ -64,8 +64,8 @@ class Certain(Words):
         super().__init__("", temperature=1e-5)
         self._spoken = spoken
 
-    def posterior(self, x: torch.Tensor) -> torch.Tensor:
-        return (x @ self._spoken.T / self.temperature).softmax(-1)
+    def posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, slice]:
+        return (x @ self._spoken.T / self.temperature).softmax(-1), slice(None)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_read_often_enough_it_says_what_the_decoder_says_token_by_token() -> Non
     )
     often = Reader(32, 2, words, **SIZES, again=6).eval()  # type: ignore[arg-type]
     import_decoder(decoder.state_dict(), often)
-    said = words.posterior(often(heard).x).argmax(-1)
+    said = words.posterior(often(heard).x)[0].argmax(-1)
     for i, length in enumerate(heard.lengths.tolist()):
         assert said[i, :length].tolist() == greedy[i, :length].tolist()
     assert len({tuple(row.tolist()) for row in said[:, :2]}) > 1

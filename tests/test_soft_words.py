@@ -57,13 +57,31 @@ def test_a_doubtful_one_is_the_mean_of_the_words_by_their_probability(started: A
 @torch.no_grad()
 def test_words_of_no_weight_are_exactly_zero(started: Any) -> None:
     soft, spoken, table, ids = started
-    soft.words.connect(lambda: table, make_tokenizer())
     x = spoken[None, [3]] * torch.linspace(0, 10, 200)[:, None]
-    posterior = soft.words.posterior(x)
+    posterior, _ = soft.words.posterior(x)
     plain = (x @ spoken[:-1].T / soft.words.temperature).softmax(-1)
     assert ((plain > 0) & (plain < torch.finfo(torch.float32).tiny)).any()  # denormal numbers, which make products slow
     assert not ((posterior > 0) & (posterior < 1e-13)).any()
-    torch.testing.assert_close(soft.words.written(posterior), plain @ table[ids])
+    torch.testing.assert_close(soft.words.written(x), plain @ table[ids])
+    torch.testing.assert_close(soft.words.spoken(x), plain @ spoken[:-1])
+
+
+def test_unlikely_words_are_left_out_and_gradients_are_those_of_all(started: Any) -> None:
+    soft, spoken, table, ids = started
+    x = torch.stack([spoken[[3, 7]], spoken[[5, 3]]]).requires_grad_()
+    posterior, words = soft.words.posterior(x)
+    assert {3, 5, 7} <= set(words.tolist())
+    assert posterior.shape == (2, 2, len(words))
+    assert len(words) < len(ids)
+    plain = (x @ spoken[:-1].T / soft.words.temperature).softmax(-1) @ table[ids]
+    found, expected = (torch.autograd.grad(mean.square().sum(), x)[0] for mean in (soft.words.written(x), plain))
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_nothing_said_is_no_words(started: Any) -> None:
+    soft, *_ = started
+    assert soft.words.written(torch.zeros(2, 0, 8)).shape == (2, 0, 12)
 
 
 def test_it_owns_the_linear_layer_alone_and_gradients_pass_through_the_words(started: Any) -> None:

@@ -91,7 +91,7 @@ class Reader(nn.Module):
         x = self._read(self.start + self.fuse(heard), pieces, pieces_mask, mask)
         for _ in range(self.again):
             assert self.words is not None
-            said = self.words.spoken(self.words.posterior(x))
+            said = self.words.spoken(x)
             before = torch.cat([self.start.expand(len(x), 1, -1), said[:, :-1]], 1)
             x = self._read(before + self.fuse(heard), pieces, pieces_mask, None)
         return Features(x.masked_fill(beyond, 0.0), lengths_N)

@@ -8,6 +8,7 @@ zero and learns the rest. Not in the paper. Shape letters: N utterances, U embed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -58,8 +59,21 @@ class Words:
     def _written(self) -> Tensor:
         return self._embeddings()[self._tokens.token_ids].detach().float()
 
-    def posterior(self, x: Tensor) -> Tensor:
-        """What the decoder's last states (N, U, C) say: (N, U, V), float32, words of no weight exactly zero.
+    def spoken(self, x: Tensor) -> Tensor:
+        """Mean embeddings of the decoder under the posterior of its last states: (N, U, C) -> (N, U, C), float32."""
+        posterior, words = self.posterior(x)
+        return posterior @ self._spoken[words]
+
+    def written(self, x: Tensor) -> Tensor:
+        """Mean embeddings of the LLM, likewise: (N, U, C) -> (N, U, D), float32."""
+        posterior, words = self.posterior(x)
+        return posterior @ self._written[words]
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Any]:
+        """What the decoder's last states (N, U, C) say: probabilities (N, U, K), float32, of K words, and the index of these.
+
+        On a CPU they are the words that some place takes for no less than `NEGLIGIBLE` times as likely as its likeliest: a few
+        hundred of tiny's 33,182. Elsewhere all.
 
         Raises:
             ValueError: ``table`` holds other tokens, or cannot be had.
@@ -70,23 +84,12 @@ class Words:
                 f"{len(self._tokens.texts)} tokens of this LLM and the C-Former is {x.shape[-1]} wide"
             )
         self._spoken, self._written = self._spoken.to(x.device), self._written.to(x.device)  # moved once
-        return F.threshold((x.float() @ self._spoken.T / self.temperature).softmax(-1), NEGLIGIBLE, 0.0)
-
-    def spoken(self, posterior: Tensor) -> Tensor:
-        """Mean embeddings of the decoder (N, U, C)."""
-        return _mean(posterior, self._spoken)
-
-    def written(self, posterior: Tensor) -> Tensor:
-        """Mean embeddings of the LLM (N, U, D)."""
-        return _mean(posterior, self._written)
-
-
-def _mean(posterior: Tensor, table: Tensor) -> Tensor:
-    """``posterior @ table``, on a CPU of the rows alone that have a weight somewhere: tiny has a few hundred of 33,182."""
-    if posterior.device.type != "cpu":
-        return posterior @ table
-    used = posterior.detach().flatten(0, -2).any(0).nonzero()[:, 0]
-    return posterior @ table if 2 * len(used) > len(table) else posterior[..., used] @ table[used]
+        scores = (x.float() / self.temperature) @ self._spoken.T
+        words: Any = slice(None)
+        if x.device.type == "cpu" and scores.numel():
+            behind = scores.detach() - scores.detach().amax(-1, keepdim=True)
+            words = (behind.flatten(0, -2).amax(0) > math.log(NEGLIGIBLE)).nonzero()[:, 0]
+        return F.threshold(scores[..., words].softmax(-1), NEGLIGIBLE, 0.0), words
 
 
 class SoftWords(nn.Module):
@@ -111,5 +114,5 @@ class SoftWords(nn.Module):
     def forward(self, features: Features) -> Features:
         """Lengths stay."""
         with torch.autocast(features.x.device.type, enabled=False):
-            mean = self.words.written(self.words.posterior(features.x))
+            mean = self.words.written(features.x)
         return Features(mean + self.linear(features.x), features.lengths)
