@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,3 +210,18 @@ def test_what_it_started_from_can_be_half_of_what_is_exported(recipe: Path, tmp_
         ValueError, match=r"keep_start: 'modalities\.sound\.\*' matches none of the trained parameters, such as modal"
     ):
         train.train(config(recipe, run=str(tmp_path / "none"), keep_start={"modalities.sound.*": 0.5}))
+
+
+@pytest.mark.parametrize(("num_batches", "expected"), [(3, [[0], [1], [2]]), (9, [[0], [1], [2], [3]])])
+def test_features_are_computed_ahead_for_no_more_than_the_run_sees(num_batches: int, expected: list[list[int]]) -> None:
+    class Four:
+        def __len__(self) -> int:
+            return 4
+
+        def batch(self, step: int) -> list[int]:
+            return [step]
+
+    seen: list[Any] = []
+    stage: Any = SimpleNamespace(collate=lambda families, step: seen.append(families))
+    train.fill_cache(stage, Four(), num_batches)  # type: ignore[arg-type]
+    assert seen == expected

@@ -70,7 +70,9 @@ def train(cfg: TrainConfig) -> Path:
         average = Average(model, cfg.ema) if cfg.ema else None
         start = kept(model, cfg)
         first = resume(run, model, optimizer, identity, average)
-        fill_cache(stage, [feed, *([val] if val else [])])
+        fill_cache(stage, feed, total * cfg.accumulate)
+        if val:
+            fill_cache(stage, val, cfg.val_batches)
         (run / "config.json").write_text(cfg.model_dump_json(indent=1))
         log.info("%d trained parameters, steps %d to %d", sum(p.numel() for p in trained(model).values()), first, total)
 
@@ -167,13 +169,12 @@ def evaluate(cfg: TrainConfig, stage: Stage, feed: Feed) -> float:
     return loss / max(1, tokens)
 
 
-def fill_cache(stage: Stage, feeds: list[Feed]) -> None:
-    """See every record once, so that slow encoders run before the loop, under a bar of their own.
+def fill_cache(stage: Stage, feed: Feed, num_batches: int) -> None:
+    """See every record of the first ``num_batches`` once, so that slow encoders run before the loop, under a bar of their own.
 
     Mirrored views are computed when the loop first meets them.
     """
-    batches = [(feed, step) for feed in feeds for step in range(len(feed))]
-    for feed, step in tqdm(batches, desc="encoder features", unit="batch", dynamic_ncols=True, leave=False):
+    for step in tqdm(range(min(num_batches, len(feed))), desc="encoder features", unit="batch", dynamic_ncols=True, leave=False):
         families = feed.batch(step)
         if families:
             stage.collate(families, None)
