@@ -79,6 +79,17 @@ def test_unlikely_words_are_left_out_and_gradients_are_those_of_all(started: Any
 
 
 @torch.no_grad()
+def test_what_is_not_a_number_stays_so_and_spoils_no_other(started: Any) -> None:
+    soft, spoken, *_ = started
+    x = spoken[None, [3, 7]]
+    expected = soft.words.written(x)
+    broken = torch.cat([x, torch.full_like(x[:, :1], torch.nan)], 1)
+    found = soft.words.written(broken)
+    assert found[0, 2].isnan().all()
+    torch.testing.assert_close(found[:, :2], expected)
+
+
+@torch.no_grad()
 def test_nothing_said_is_no_words(started: Any) -> None:
     soft, *_ = started
     assert soft.words.written(torch.zeros(2, 0, 8)).shape == (2, 0, 12)

@@ -88,7 +88,8 @@ class Words:
         words: Any = slice(None)
         if x.device.type == "cpu" and scores.numel():
             behind = scores.detach() - scores.detach().amax(-1, keepdim=True)
-            words = (behind.flatten(0, -2).amax(0) > math.log(NEGLIGIBLE)).nonzero()[:, 0]
+            unlikely = behind.flatten(0, -2).amax(0) < math.log(NEGLIGIBLE)  # no word is, where something is not a number
+            words = (~unlikely).nonzero()[:, 0]
         return F.threshold(scores[..., words].softmax(-1), NEGLIGIBLE, 0.0), words
 
 
