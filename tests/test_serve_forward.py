@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from x2l.build import bf16_in_hardware
-from x2l.serve.forward import Forward, Llama, Plain, forward_of, linears
+from x2l.serve.forward import Forward, Llama, Plain, _attend_ungrouped, forward_of, linears
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.packed import eight_bits, four_bits
 
@@ -110,6 +110,26 @@ def test_few_bits_are_those_of_the_rounded_weights(bits: int) -> None:
         return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True)) ** 0.5
 
     assert difference(found, near) < (0.5 if bits == 4 else 0.9) * difference(found, unrounded)
+
+
+@torch.inference_mode()
+def test_one_row_in_bfloat16_is_hugging_faces_to_the_last_bit() -> None:
+    llm = make("llama of 64", torch.bfloat16)
+    table, caches = llm.get_input_embeddings(), Caches(llm)
+    theirs, ours = caches.load([]), caches.load([])
+    for at, size in ((0, 12), *((at, 1) for at in range(12, 20))):
+        embeds, positions = table(torch.arange(at, at + size)[None]), torch.arange(at, at + size)[None]
+        assert torch.equal(forward_of(llm)(embeds, positions, ours), Plain(llm)(embeds, positions, theirs))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_without_groups_attention_is_the_same(length: int) -> None:
+    """What GPUs compute where there is a mask."""
+    q, k, v = torch.randn(3, 6, length, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    mask = torch.ones(3, 1, length, 9, dtype=torch.bool)
+    mask[1, :, :, :4] = False
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(_attend_ungrouped(q, k, v, mask), expected)
 
 
 def test_other_llms_run_as_they_are() -> None:

@@ -86,7 +86,7 @@ class Block(NamedTuple):
 
 
 class Llama:
-    """The forward pass of LLMs like LLaMA: queries, keys and values in one product, gates and inputs of the FFN in another."""
+    """The forward pass of LLMs like LLaMA; queries, keys and values are one `Product`, gates and inputs of the FFN another."""
 
     def __init__(self, llm: Any, packed_bytes: int = 0, weight_bits: int = 16):
         decoder, attention = llm.model, llm.model.layers[0].self_attn
@@ -154,11 +154,17 @@ def _mask(length: int, past: int, visible_BS: Tensor | None, device: torch.devic
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, L, d) to k and v (B, K, S, d), H / K heads each."""
-    if q.shape[2] == 1:  # the heads of a group are its rows
-        return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask).view(q.shape)
     if mask is not None and q.device.type != "cpu":  # there a mask and groups together have no kernel but the slowest
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return _attend_ungrouped(q, k, v, mask)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+def _attend_ungrouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    if q.shape[2] == 1:  # the heads of a group become its rows
+        return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask).view(q.shape)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _unlike_llama(llm: Any) -> str:
