@@ -142,8 +142,8 @@ def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]
 def _fifteen_by_eight_bits(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The processor's product of 8 by 8 bits, which reads a large weight fastest.
 
-    Inputs in 8 bits cost an LLM much (dev/LOG.md), whose few large channels leave little of the others. Two rows cost as much as one: the
-    second is what the first leaves over, so that inputs have 15 bits.
+    Inputs in 8 bits cost an LLM much (dev/LOG.md), whose few large channels leave little of the others. Two rows cost as much as
+    one: the second is what the first leaves over, so that inputs have 15 bits.
     """
     codes, steps = eight_bits(weight)[:2]
     packed = torch.ops.onednn.qlinear_prepack(codes, [HINT, codes.shape[1]])
