@@ -431,6 +431,8 @@ def test_a_recording_goes_as_a_file_where_nobody_follows_it(tab: Any, site: Runn
     """Something was typed while the person spoke, or the server takes no spoken turn at the moment."""
     spoken = "x2l_voice_first_token_seconds_count"
     before = site.metric(spoken)
+    frames: list[Any] = []
+    tab.on("websocket", lambda socket: socket.on("framesent", lambda frame: frames.append(frame)))
     record(tab, 1)
     tab.fill("#question", "Well?")
     with tab.expect_request("**/v1/chat/completions") as request:
@@ -443,6 +445,8 @@ def test_a_recording_goes_as_a_file_where_nobody_follows_it(tab: Any, site: Runn
     expect(tab.locator("article.user audio")).to_have_count(2)
     expect(answered(tab).locator(".facts")).to_contain_text("speech read by")
     assert site.metric(spoken) == before
+    assert frames
+    assert not [frame for frame in frames if isinstance(frame, str)]  # the server is not told of an end that it should not answer
 
 
 @pytest.mark.slow

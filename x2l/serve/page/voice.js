@@ -90,6 +90,7 @@ export class Voice {
     });
     this.release();
     this.ended = true;
+    if (!same) this.close(); // before it is told of the end, the server would answer what is not asked any more
     this.forward();
     const first = same && await Promise.race([this.next(), new Promise((resolve) => { setTimeout(resolve, PATIENCE); })]);
     this.follows = first?.type === "end";
