@@ -23,7 +23,7 @@ from x2l.serve import lanes
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
 from x2l.serve.engine import Engine
 from x2l.serve.intake import EngineConfig
-from x2l.serve.store import EmbeddingStore, Prefix, PrefixStore, _common
+from x2l.serve.store import EmbeddingStore, Prefix, PrefixStore, common
 from x2l.serve.text import TextStream
 from x2l.types import Message, Part, assistant, user
 
@@ -195,16 +195,27 @@ def test_answers_in_progress_wait_for_one_prompts_media_and_a_chunk(model: Assis
     """Between two of their tokens no more is computed, however many wait; with nobody to wait for, prompts go together."""
     engine = Engine(model, EngineConfig(prefill_chunk=64, max_batch=8))
     engine.stops = set()
-    turns: list[list[tuple[int, bool]]] = [[]]  # for each token: positions of the prompts before it, and whether media ran
-    read, embed, step, looked = engine._read, engine._embed, engine._step, []
+    passes: list[list[int]] = [[]]  # for each token: positions of the passes over prompts before it
+    looks = [0]  # and at how many prompts' media
+    read, embed, step = engine._read, engine._embed, engine._step
 
-    def reads(job: Any, chunk: int) -> int:
-        turns[-1].append((read(job, chunk), bool(looked and looked.pop())))
-        return turns[-1][-1][0]
+    def reads(group: Any) -> int:
+        passes[-1].append(read(group))
+        return passes[-1][-1]
 
-    monkeypatch.setattr(engine, "_embed", lambda job: looked.append(embed(job)) or looked[-1])
+    def looks_at(job: Any) -> bool:
+        ran = embed(job)
+        looks[-1] += ran
+        return ran
+
+    def next_token() -> None:
+        passes.append([])
+        looks.append(0)
+        step()
+
+    monkeypatch.setattr(engine, "_embed", looks_at)
     monkeypatch.setattr(engine, "_read", reads)
-    monkeypatch.setattr(engine, "_step", lambda: (turns.append([]), step()))
+    monkeypatch.setattr(engine, "_step", next_token)
     long = engine.submit([user("Hello")], Decode(60))
     next(iter(long))
     asked = [[user(image(picture((i, 0, 200))), "?")] for i in range(4)] + [[user(f"{i}?")] for i in range(20)]
@@ -212,10 +223,31 @@ def test_answers_in_progress_wait_for_one_prompts_media_and_a_chunk(model: Assis
     assert ["".join(answer) for answer in answers] == [alone(model, messages, 1) for messages in asked]
     "".join(long)
     engine.close()
-    assert all(sum(ran for _, ran in turn) <= 1 and len(turn) <= 8 for turn in turns[1:])
-    assert all(sum(positions for positions, _ in turn) <= 64 for turn in turns[1:])
-    assert max(map(len, turns)) > 1
-    assert sum(ran for turn in turns for _, ran in turn) == 4
+    assert max(looks) == 1
+    assert sum(looks) == 4
+    assert all(sum(turn) <= 64 for turn in passes[1:])
+    assert sum(map(len, passes)) < len(asked)  # they were computed together
+
+
+def test_prompts_of_the_same_moment_are_computed_together(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, those that came meanwhile, and those that begin as one of these do."""
+    engine = Engine(model)
+    groups: list[int] = []
+    held, read = threading.Event(), engine._read
+
+    def reads(group: Any) -> int:
+        assert held.wait(20)
+        groups.append(len(group))
+        return read(group)
+
+    monkeypatch.setattr(engine, "_read", reads)
+    talks = [[user("Hello")], *([user(f"{i} is a number.")] for i in range(3)), [user("One long beginning " * 8, image(RED))]]
+    talks += [[*talks[-1], assistant("Yes."), user("Why?")], [user("So?")]]
+    answers = [engine.submit(talk, Decode(9)) for talk in talks]
+    held.set()
+    assert ["".join(answer) for answer in answers] == [alone(model, talk, 9) for talk in talks]
+    assert groups in ([1, 4, 2], [2, 3, 2], [3, 2, 2], [4, 1, 2], [5, 2])  # it may begin with as many as there are by then
+    engine.close()
 
 
 def test_an_overdue_request_ends_with_an_error(model: Assistant) -> None:
@@ -310,7 +342,7 @@ def test_any_bytes_come_out_in_the_end(ids: list[int]) -> None:
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
 def test_common_prefix_equals_the_loop(a: list[int], b: list[int]) -> None:
     expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    assert _common(tuple(a), tuple(b)) == expected
+    assert common(tuple(a), tuple(b)) == expected
 
 
 def test_stores_keep_to_their_bytes() -> None:

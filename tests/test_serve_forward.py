@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from x2l.build import bf16_in_hardware
-from x2l.serve.forward import Forward, Llama, Plain, _attend_ungrouped, forward_of, linears
+from x2l.serve.forward import Forward, Llama, Plain, Prompt, _attend_ungrouped, forward_of, linears
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.packed import eight_bits, four_bits
 
@@ -83,6 +83,33 @@ def test_the_numbers_are_hugging_faces(family: str, pieces: list[int], packed_by
     assert type(ours) is Llama
     for found, expected in zip(talk(llm, ours, pieces), talk(llm, Plain(llm), pieces), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_prompts_side_by_side_are_those_alone(family: str) -> None:
+    """Some from their beginning, some behind what is known of them; then each goes on from the states that it left."""
+    llm = make(family)
+    table, caches = llm.get_input_embeddings(), Caches(llm)
+    theirs, ours = Plain(llm), forward_of(llm, 1 << 24)
+    ids = [torch.randint(97, (1, length)) for length in (9, 1, 21, 6)]
+    known = [0, 0, 17, 5]
+
+    def prompts(begins: list[int], ends: list[int], kept: list[Any]) -> list[Prompt]:
+        ranges = [torch.arange(*span)[None] for span in zip(begins, ends, strict=True)]
+        return [Prompt(table(row[:, at[0]]), at, cache) for row, at, cache in zip(ids, ranges, kept, strict=True)]
+
+    kept = [[caches.load([]) for _ in ids] for _ in range(2)]
+    for forward, own in zip((theirs, ours), kept, strict=True):
+        for prompt in prompts([0] * 4, known, own):
+            if prompt.positions_BL.shape[1]:
+                forward(*prompt)
+    lengths = [row.shape[1] for row in ids]
+    expected, found = (f.prompts(prompts(known, lengths, own)) for f, own in zip((theirs, ours), kept, strict=True))
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    for own, other in zip(kept[1], kept[0], strict=True):
+        assert own.get_seq_length() == other.get_seq_length()
+        torch.testing.assert_close(own.layers[-1].keys, other.layers[-1].keys, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,7 @@ from torch import Tensor
 from x2l.assistant import Assistant
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
-from x2l.serve.forward import forward_of
+from x2l.serve.forward import Prompt, forward_of
 from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
 from x2l.serve.job import Job
 from x2l.serve.lanes import Caches, Lanes
@@ -26,6 +26,7 @@ from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
+SHARED = 32  # positions that two prompts begin with, from which the second waits for the first one's states
 STALLED = 120.0  # seconds without a turn of the loop while there is work, after which the engine counts as dead
 
 
@@ -58,7 +59,7 @@ class Engine:
         self._active = list[Job]()  # rows of _lanes belong to them, in order
         self._ready = list[Job]()  # their prompts are complete; they become rows before the next token
         self._waiting: deque[Job] = deque()
-        self._filling: Job | None = None
+        self._filling = list[Job]()  # their prompts are being computed, or next
         self._open = 0  # answers that are not finished, those whose media are still being decoded included
         self._wake = threading.Condition()
         self._closed, self._beat = False, time.monotonic()
@@ -150,7 +151,7 @@ class Engine:
         finally:
             with self._wake:
                 self._closed = True
-            for job in [*self._active, *self._ready, *self._waiting, *([self._filling] if self._filling else [])]:
+            for job in [*self._active, *self._ready, *self._waiting, *self._filling]:
                 self._fail(job, EngineError("the engine has stopped"))
 
     def _await_work(self) -> bool:
@@ -173,10 +174,7 @@ class Engine:
 
     def _turn(self) -> None:
         self._drop()
-        try:
-            self._fill()
-        except Exception as error:
-            self._reject(error)
+        self._fill()
         try:
             while self._ready:
                 self._lanes.join(self._ready[0].cache, self._ready[0].prompt_length)
@@ -193,30 +191,28 @@ class Engine:
                 if not job.answer.finish_reason:  # its last token may have come before the failure
                     self._fail(job, EngineError("the model failed while answering"))
 
-    def _reject(self, error: Exception) -> None:
-        """The prompt that is being computed has failed."""
+    def _reject(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Those of them whose prompts are not complete have failed."""
         if not isinstance(error, RequestError):
             self.stats.errors += 1
             log.error("a prompt failed", exc_info=error)
             error = EngineError("the model failed on this request")
-        job, self._filling = self._filling, None
-        if job is not None:
+        failed = [job for job in self._filling if job in jobs]
+        self._filling = [job for job in self._filling if job not in jobs]
+        for job in failed:
             self._fail(job, error)
 
     def _drop(self) -> None:
         """Let go of what nobody waits for any more."""
         now = time.monotonic()
-        gone = {id(job) for job in [*self._active, *self._waiting, *([self._filling] if self._filling else [])] if job.over(now)}
+        gone = {job for job in [*self._active, *self._waiting, *self._filling] if job.over(now)}
         if not gone:
             return
         with self._wake:
-            dropped = [job for job in self._waiting if id(job) in gone]
-            self._waiting = deque(job for job in self._waiting if id(job) not in gone)
-        if self._filling is not None and id(self._filling) in gone:
-            dropped.append(self._filling)
-            self._filling = None
-        dropped += [job for job in self._active if id(job) in gone]
-        self._retain([job for job in self._active if id(job) not in gone])
+            dropped = [job for job in [*self._waiting, *self._filling, *self._active] if job in gone]
+            self._waiting = deque(job for job in self._waiting if job not in gone)
+        self._filling = [job for job in self._filling if job not in gone]
+        self._retain([job for job in self._active if job not in gone])
         for job in dropped:
             if job.answer.cancelled:
                 self.stats.cancelled += 1
@@ -230,41 +226,76 @@ class Engine:
         Answers in progress wait for no more than that and one prompt's media.
         """
         chunk = room = self.config.prefill_chunk
-        while room > 0 and (job := self._next()):
-            looked = job.embeds is None and self._embed(job)
-            if not self._fits(job):
+        looked = False
+        while room > 0:
+            group, looked = self._gather(room, looked)
+            if not group:
                 return
-            if job.cache is None:
-                self._recall(job)
-            if room < chunk and job.prompt_length - job.length > room:
-                return  # a prompt is cut where it would be if it came alone
-            room -= max(self._read(job, chunk), chunk // self.config.max_batch)  # the shortest prompt costs a pass of its own
-            if looked and self._active:
-                return
+            try:
+                room -= max(self._read(group), chunk // self.config.max_batch)  # a short prompt costs nearly as much
+            except Exception as error:
+                self._reject(group, error)
 
-    def _next(self) -> Job | None:
-        """The prompt to go on with; None where none waits, or the batch is full."""
-        if self._filling is None:
-            with self._wake:
-                if not self._waiting or len(self._active) + len(self._ready) >= self.config.max_batch:
-                    return None
-                self._filling = self._waiting.popleft()
-        return self._filling
+    def _gather(self, room: int, looked: bool) -> tuple[list[Job], bool]:
+        """Prompts to compute together, in the order in which they came, and whether media were looked at, if not ``looked`` before.
 
-    def _read(self, job: Job, chunk: int) -> int:
-        """Compute the next chunk of a prompt, and with its end the answer's first token; returns how many positions that were."""
-        assert job.embeds is not None
-        start, end = job.length, min(job.length + chunk, job.prompt_length)
-        logits = self.forward(job.embeds[:, start:end], torch.arange(start, end, device=self.model.device)[None], job.cache)
-        job.length = end
-        if end == job.prompt_length:
-            self.stats.prompt_tokens += job.prompt_length
-            self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
-            ended = self._append(job, self._choose(job, logits))
-            self._filling = None
-            if not ended:
-                self._ready.append(job)
-        return end - start
+        A prompt that begins as another one of them does waits for its states; one that exceeds a chunk is cut where it would be
+        if it came alone.
+        """
+        chunk, group = self.config.prefill_chunk, list[Job]()
+        while room > 0 and (job := self._next(len(group))):
+            if looked and self._active and not self._seen(job):
+                break
+            try:
+                looked |= job.embeds is None and self._embed(job)
+                if not self._fits(job, group):
+                    break
+                if job.cache is None:
+                    self._recall(job)
+            except Exception as error:
+                self._reject([job], error)
+                continue
+            if any(job.shared(other) >= job.length + SHARED for other in group):
+                job.cache = None
+                break
+            rest = job.prompt_length - job.length
+            if rest > room and room < chunk:
+                break
+            group.append(job)
+            room -= rest
+        return group, looked
+
+    def _next(self, index: int) -> Job | None:
+        """The prompt to go on with behind the first ``index``; None where none waits, or the batch is full."""
+        with self._wake:
+            rows = len(self._active) + len(self._ready) + len(self._filling)
+            if index == len(self._filling) and self._waiting and rows < self.config.max_batch:
+                self._filling.append(self._waiting.popleft())
+        return self._filling[index] if index < len(self._filling) else None
+
+    def _read(self, group: Sequence[Job]) -> int:
+        """Compute each prompt's next chunk, and with its end the answer's first token; returns how many positions that were."""
+        prompts = []
+        for job in group:
+            assert job.embeds is not None
+            start, end = job.length, min(job.length + self.config.prefill_chunk, job.prompt_length)
+            positions = torch.arange(start, end, device=self.model.device)[None]
+            prompts.append(Prompt(job.embeds[:, start:end], positions, job.cache))
+        for job, prompt, logits in zip(group, prompts, self.forward.prompts(prompts).split(1), strict=True):
+            job.length += prompt.positions_BL.shape[1]
+            if job.length == job.prompt_length:
+                self.stats.prompt_tokens += job.prompt_length
+                self.stats.cached_tokens += job.answer.usage.cached
+                self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
+                ended = self._append(job, self._choose(job, logits))
+                self._filling.remove(job)
+                if not ended:
+                    self._ready.append(job)
+        return sum(prompt.positions_BL.shape[1] for prompt in prompts)
+
+    def _seen(self, job: Job) -> bool:
+        """Whether no interface has to run for its media."""
+        return all(item.embeds is not None or self.embeddings.get(item.key) is not None for item in job.items)
 
     def _embed(self, job: Job) -> bool:
         """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings; whether any had to run."""
@@ -281,9 +312,9 @@ class Engine:
         self.intake.check_context(job.prompt_length, job.decode)
         return ran
 
-    def _fits(self, job: Job) -> bool:
-        """Whether the states of one more row, padded as rows are, stay in bounds; a row alone always fits."""
-        room, others = min(job.limit, self.intake.context - job.prompt_length), [*self._active, *self._ready]
+    def _fits(self, job: Job, group: Sequence[Job]) -> bool:
+        """Whether the states of a row beside those of ``group``, padded as rows are, stay in bounds; a row alone always fits."""
+        room, others = min(job.limit, self.intake.context - job.prompt_length), [*self._active, *self._ready, *group]
         longest = max([job.prompt_length + room, *(other.prompt_length + other.limit for other in others)])
         return not others or (len(others) + 1) * longest * self._caches.bytes_per_position <= self.config.kv_bytes
 
@@ -293,7 +324,6 @@ class Engine:
         known = min(known, job.prompt_length - 1)  # one position is computed in any case, for its logits
         job.cache = self._caches.load([(k[:, :, :known], v[:, :, :known]) for k, v in kv])
         job.length = job.answer.usage.cached = known
-        self.stats.cached_tokens += known
 
     def _step(self) -> None:
         logits = self._lanes.step([job.ids[-1] for job in self._active])
@@ -333,11 +363,11 @@ class Engine:
         """Let the other rows leave; what was computed for them is kept for later turns."""
         if len(staying) == len(self._active):
             return
-        stay = {id(job) for job in staying}
+        stay = set(staying)
         for i, job in enumerate(self._active):
-            if id(job) not in stay:
+            if job not in stay:
                 self._remember(job, self._lanes.states(i), self._lanes.lengths[i] - job.prompt_length)
-        self._lanes.keep([i for i, job in enumerate(self._active) if id(job) in stay])
+        self._lanes.keep([i for i, job in enumerate(self._active) if job in stay])
         self._active = staying
 
     def _remember(self, job: Job, kv: KV, fed: int) -> None:

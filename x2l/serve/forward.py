@@ -4,12 +4,14 @@ Hugging Face's layers spend more time around the products of one row than in the
 between them. LLMs like LLaMA run here in about half of these, on weights that are laid out for few rows (packed.py); without
 fewer bits the results differ by no more than the order of sums. Others run as they are.
 
-Shape letters: B rows, L new positions, S positions with those in the cache, D width, H heads, d width of a head, V vocabulary.
+Shape letters: B rows, L new positions, S positions with those in the cache, D width, H heads, d width of a head, V vocabulary,
+P prompts.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,14 +25,26 @@ log = logging.getLogger(__name__)
 LIKE_LLAMA = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
+class Prompt(NamedTuple):
+    """New positions of one sequence."""
+
+    embeds_BLD: Tensor  # B = 1
+    positions_BL: Tensor
+    cache: Any  # of those before; keys and values of the new ones are added, in place
+
+
 class Forward(Protocol):
-    """What computes new positions of B rows."""
+    """What computes new positions: of rows that are as long, or of prompts that are not."""
 
     def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
         """Logits (B, V) behind the last position; keys and values are added to ``cache``, in place.
 
         Each position sees itself and those before it. ``visible_BS``, for L = 1 alone: which of them a row sees (padding: False).
         """
+        ...
+
+    def prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Logits (P, V) behind the last position of each, which sees its own sequence alone."""
         ...
 
 
@@ -71,6 +85,9 @@ class Plain:
         logits: Tensor = out.logits[:, -1]
         return logits
 
+    def prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.cat([self(*prompt) for prompt in prompts])
+
 
 class Block(NamedTuple):
     """One layer: weights of its norms, its products, and its activation function."""
@@ -110,24 +127,57 @@ class Llama:
         ]
 
     def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
-        num_rows, length, _ = embeds_BLD.shape
+        mask = _mask(embeds_BLD.shape[1], cache.get_seq_length(), visible_BS, embeds_BLD.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = cache.layers[layer].update(k, v)
+            return _attend(q, k, v, mask)
+
+        x = self._layers(embeds_BLD, self._rotation(embeds_BLD, positions_BL), attend)
+        return self._logits(x[:, -1])
+
+    def prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+        """All as one row, since few positions cost nearly as much as many; attention alone goes by prompt."""
+        lengths = [prompt.embeds_BLD.shape[1] for prompt in prompts]
+        masks = [_mask(n, p.cache.get_seq_length(), None, p.embeds_BLD.device) for n, p in zip(lengths, prompts, strict=True)]
+        rotations = [self._rotation(prompt.embeds_BLD, prompt.positions_BL) for prompt in prompts]
+
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            reads = []
+            for prompt, mask, q, k, v in zip(prompts, masks, *(x.split(lengths, 2) for x in qkv), strict=True):
+                k, v = prompt.cache.layers[layer].update(k, v)
+                reads.append(_attend(q, k, v, mask))
+            return torch.cat(reads, 2)
+
+        cos, sin = (torch.cat(parts, 2) for parts in zip(*rotations, strict=True))
+        x = self._layers(torch.cat([prompt.embeds_BLD for prompt in prompts], 1), (cos, sin), attend)
+        return self._logits(x[0, torch.tensor(lengths, device=x.device).cumsum(0) - 1])
+
+    def _rotation(self, embeds_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines (B, 1, L, d) of rotary position embedding (arXiv 2104.09864)."""
         cos, sin = (part[:, None] for part in self.rotary(embeds_BLD, positions_BL))
         first, second = sin.chunk(2, -1)
-        sin = torch.cat([-first, second], -1)
-        mask = _mask(length, cache.get_seq_length(), visible_BS, embeds_BLD.device)
+        return cos, torch.cat([-first, second], -1)
+
+    def _layers(self, embeds_BLD: Tensor, rotation: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        """The last layer's states (B, L, D); ``attend`` (layer, q, k, v) -> (B, H, L, d) keeps keys and values, too."""
+        num_rows, length, _ = embeds_BLD.shape
+        cos, sin = rotation
         x, num_qk = embeds_BLD.flatten(0, 1), self.num_q + self.num_k
-        for block, states in zip(self.blocks, cache.layers, strict=True):
+        for i, block in enumerate(self.blocks):
             heads = block.qkv(self._norm(x, block.norm)).view(num_rows, length, -1, self.width).transpose(1, 2)
             qk = heads[:, :num_qk]
             if block.qk_norm is not None:
                 qk = self._norm(qk, block.qk_norm)
-            qk = qk * cos + qk.roll(self.width // 2, -1) * sin  # rotary position embedding (arXiv 2104.09864)
-            k, v = states.update(qk[:, self.num_q :], heads[:, num_qk:])
-            read = _attend(qk[:, : self.num_q], k, v, mask)
+            qk = qk * cos + qk.roll(self.width // 2, -1) * sin
+            read = attend(i, qk[:, : self.num_q], qk[:, self.num_q :], heads[:, num_qk:])
             x = x + block.out(read.transpose(1, 2).reshape(num_rows * length, -1))
             gate, up = block.gate_up(self._norm(x, block.ffn_norm)).chunk(2, -1)
             x = x + block.down(block.activation(gate) * up)
-        return self.head(self._norm(x.view(num_rows, length, -1)[:, -1], self.norm))
+        return x.view(num_rows, length, -1)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.head(self._norm(x, self.norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Root-mean-square norm (arXiv 1910.07467), rounded where transformers' layers round."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from x2l.data.collate import stack
 from x2l.model import XLLM
 from x2l.serve.answer import Answer, Decode
-from x2l.serve.store import Symbols
+from x2l.serve.store import Symbols, common
 from x2l.serve.text import TextStream
 from x2l.splice import splice
 from x2l.template import Row
@@ -33,7 +33,7 @@ class Item:
     embeds: Tensor | None = None  # (U, D)
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request, and how far it is."""
 
@@ -57,6 +57,10 @@ class Job:
     def over(self, now: float) -> bool:
         """Whether nobody waits for the answer any more."""
         return self.answer.cancelled or now > self.deadline
+
+    def shared(self, other: Job) -> int:
+        """Positions that both prompts begin with."""
+        return sum(self.widths[: common(self.symbols, other.symbols)])
 
     def lay_out(self, model: XLLM) -> None:
         """Splice the items' embeddings into the prompt's; sets embeds, symbols, widths and the answer's counts."""

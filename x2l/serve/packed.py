@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from x2l.build import bf16_in_hardware
 
-FLOAT32_ROWS = range(3, 17)  # for which a packed product is the faster one in float32
-HINT = 8  # rows that the layout is made for; any number may come
+FLOAT32_ROWS = range(3, 65)  # for which a packed product is the faster one in float32
+HINT = 64  # rows that the layout is made for; any number may come
 FEW_ROWS = 4  # for which fewer bits are the faster ones: all layers of tiny 10, 13 and 18 ms for 1, 2 and 4 rows in 4 bits, 21, 23
 # and 27 in 8, packed 35 (with the memory busy)
 GROUP = 32  # weights that share their levels

@@ -73,7 +73,7 @@ class PrefixStore:
 
     def find(self, symbols: Symbols) -> tuple[int, KV]:
         """The longest known prefix of ``symbols``: its number of positions, and states cut to it (views)."""
-        shared = {known: _common(known, symbols) for known in self._items}
+        shared = {known: common(known, symbols) for known in self._items}
         best = max(shared, key=shared.__getitem__, default=())
         prefix = self._items.get(best)
         length = sum(prefix.lengths[: shared[best]]) if prefix else 0
@@ -103,7 +103,7 @@ class PrefixStore:
         return len(self._items)
 
 
-def _common(a: Symbols, b: Symbols) -> int:
+def common(a: Symbols, b: Symbols) -> int:
     """Number of symbols that two sequences begin with in common, by bisection: equality of tuples is fast."""
     low, high = 0, min(len(a), len(b))
     while low < high:

@@ -145,7 +145,7 @@ class VllmEngine(Engine):
         decode_media: DecodeMedia | None = None,
     ):
         self.upstream, self._reachable = Upstream(url), True
-        self._calls: dict[int, Future[None]] = {}  # id of each job in _active -> its request
+        self._calls: dict[Job, Future[None]] = {}  # the request of each in _active
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         self._network = threading.Thread(target=self._run_network, name="x2l-vllm", daemon=True)
         self._network.start()
@@ -181,18 +181,19 @@ class VllmEngine(Engine):
             if not self._waiting or len(self._active) >= self.config.max_batch:
                 self._wake.wait(TICK)
                 return
-            job = self._filling = self._waiting.popleft()
+            job = self._waiting.popleft()
+            self._filling = [job]
         try:
             self._embed(job)
             body = self._body(job)
         except Exception as error:
-            self._reject(error)
+            self._reject([job], error)
             return
         self.stats.prompt_tokens += job.prompt_length
         with self._wake:
-            self._filling, job.embeds = None, None
+            self._filling, job.embeds = [], None
             self._active.append(job)
-            self._calls[id(job)] = asyncio.run_coroutine_threadsafe(self._ask(job, body), self._loop)
+            self._calls[job] = asyncio.run_coroutine_threadsafe(self._ask(job, body), self._loop)
 
     def _body(self, job: Job) -> bytes:
         """The request, megabytes of JSON where a prompt is long: made in this thread, so that the other one goes on reading."""
@@ -217,7 +218,7 @@ class VllmEngine(Engine):
         return json.dumps(options).encode()
 
     def _retain(self, staying: list[Job]) -> None:
-        stay = {id(job) for job in staying}
+        stay = set(staying)
         for gone in [call for call in self._calls if call not in stay]:
             self._calls.pop(gone).cancel()
         self._active = staying
@@ -239,7 +240,7 @@ class VllmEngine(Engine):
         except Exception:
             log.exception("a request to the LLM server failed")
         with self._wake:
-            if id(job) in self._calls and not self._closed:
+            if job in self._calls and not self._closed:
                 self.stats.errors += not isinstance(error, Busy)
                 self._leave(job)
                 self._fail(job, error)
@@ -247,7 +248,7 @@ class VllmEngine(Engine):
     def _take(self, job: Job, ids: list[int]) -> bool:
         """Add tokens to an answer; True when it has ended, or nobody waits for it any more."""
         with self._wake:
-            if id(job) not in self._calls or self._closed:
+            if job not in self._calls or self._closed:
                 return True
             ended = any(self._append(job, token) for token in ids)
             if ended:
@@ -255,7 +256,7 @@ class VllmEngine(Engine):
             return ended
 
     def _leave(self, job: Job) -> None:
-        del self._calls[id(job)]
+        del self._calls[job]
         self._active = [other for other in self._active if other is not job]
         self._wake.notify()
 
