@@ -9,7 +9,8 @@ engine itself, without HTTP.
     text      a text prompt of as many tokens; the template before it is known already, as it is to a server that has been up
     file      the recording as a file, sent when it is complete
     at once   a spoken turn, ended with its last sound
-    pause     a spoken turn, ended half a second after its last sound, as a person who reaches for a button or an end-pointer does
+    0.3 s     a spoken turn, ended 0.3 s after its last sound, as by a person who reaches for a button
+    0.5 s     ended half a second after it, as by an end-pointer
     phrases   as at once, each phrase a recording of its own
 """
 
@@ -42,7 +43,7 @@ SOUND = "pypi:moonshine-voice==0.0.65/moonshine_voice/assets/two_cities.wav"
 SHA256 = "f3348494d77cb74a02862f5e685ed09faf3e75832c5cc5c80703282c2cd8b52e"
 LENGTHS = (3, 6, 12)  # seconds, up to the last sound before them
 FRAME = 1280  # bytes, 40 ms
-SILENCE = 0.5  # seconds
+SILENCES = (0.3, 0.5)  # seconds
 GOAL = 1.2
 FIRST = Decode(max_new_tokens=1)
 
@@ -133,9 +134,9 @@ async def main(model: str = "tiny", rounds: int = 3) -> None:
     torch.set_num_threads(1)
     bench = Bench(model)
     sound = (decode_audio(resolve(SOUND, SHA256)) * 32_767).astype(np.int16)
-    silence = bytes(2 * int(SILENCE * RATE))
+    silences = [bytes(2 * int(seconds * RATE)) for seconds in SILENCES]
     print(f"{Path(sys.argv[0]).stem}: ms to the first token, least of {rounds}, and ratio to text; goal {GOAL}x")
-    print(f"{'speech':>7} {'tokens':>6} {'text':>8} {'file':>16} {'at once':>16} {'pause':>16} {'phrases':>16}")
+    print(f"{'speech':>7} {'tokens':>6} {'text':>8} {'file':>16} {'at once':>16} {'0.3 s':>16} {'0.5 s':>16} {'phrases':>16}")
     for seconds in LENGTHS:
         pcm = cut(sound, seconds)
         _, tokens = await bench.ask(user(Part("speech", bytes=wav(pcm))))
@@ -143,7 +144,7 @@ async def main(model: str = "tiny", rounds: int = 3) -> None:
             partial(bench.text, tokens),
             partial(bench.file, pcm),
             partial(bench.speak, pcm),
-            partial(bench.speak, pcm + silence),
+            *(partial(bench.speak, pcm + silence) for silence in silences),
             partial(bench.speak, pcm, True),
         ]
         times: list[list[float]] = [[] for _ in ways]

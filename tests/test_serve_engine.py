@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from serving import is_idle
 
 from x2l.assistant import Assistant
-from x2l.build import bf16_in_hardware, build
+from x2l.build import build
 from x2l.config import ModelConfig
+from x2l.devices import bf16_in_hardware
 from x2l.serve import lanes
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
 from x2l.serve.engine import Engine

@@ -10,7 +10,7 @@ from conftest import make_llm
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from x2l.build import bf16_in_hardware
+from x2l.devices import bf16_in_hardware
 from x2l.serve.forward import Forward, Llama, Plain, Prompt, _attend_ungrouped, forward_of, linears
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.packed import eight_bits, four_bits

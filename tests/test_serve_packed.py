@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from x2l.build import bf16_in_hardware
+from x2l.devices import bf16_in_hardware
 from x2l.serve.packed import FINE, PackedProduct, Product, eight_bits, fifteen_bits, four_bits, pack
 
 FEW_BITS = bf16_in_hardware() and torch.backends.cpu.get_cpu_capability() == "AVX512"

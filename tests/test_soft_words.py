@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from conftest import make_tokenizer
 from safetensors.torch import save_file
 
-from x2l.modalities.soft_words import SoftWords, Words
+from x2l.modalities.soft_words import NEGLIGIBLE, SoftWords, Words
 from x2l.modalities.speech import interface
 from x2l.types import Features
 from x2l.vocabulary import Vocabulary
@@ -76,6 +77,20 @@ def test_unlikely_words_are_left_out_and_gradients_are_those_of_all(started: Any
     plain = (x @ spoken[:-1].T / soft.words.temperature).softmax(-1) @ table[ids]
     found, expected = (torch.autograd.grad(mean.square().sum(), x)[0] for mean in (soft.words.written(x), plain))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@torch.no_grad()
+def test_no_word_that_matters_is_left_out(scale: float, rounded: bool) -> None:
+    """Where scores are computed in bfloat16 to find them, too: as many places as words are near the edge."""
+    torch.manual_seed(0)
+    words, table = Words(LETTERS), torch.randn(3000, 32)
+    vars(words).update(_spoken=table, _rounded=(table.bfloat16().T, table.norm(dim=-1).amax()) if rounded else None)
+    for x in scale * torch.randn(100, 1, 3, 32):
+        scores = x[0].double() @ table.double().T
+        needed = ((scores - scores.amax(-1, keepdim=True)).amax(0) > math.log(NEGLIGIBLE) + 1e-3).nonzero()[:, 0]
+        assert torch.isin(needed, words._likely(x)).all()
 
 
 @torch.no_grad()

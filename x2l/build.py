@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from x2l.architectures import ARCHITECTURES, CHATGLM, ChatGLMShape
 from x2l.config import Component, ModalityConfig, ModelConfig
 from x2l.data.collate import Decoder
 from x2l.data.media import DECODERS
+from x2l.devices import default_device
 from x2l.encoders import ENCODERS
 from x2l.encoders.hf import sketch_speech, sketch_vision
 from x2l.interfaces.cformer import import_bert
@@ -163,19 +163,6 @@ def load_strict(module: nn.Module, path: Path, prefix: str = "", partial: bool =
         raise ValueError(f"{path} does not fit: missing {missing[:8]}, extra {extra[:8]}, other shapes {shapes[:8]}")
     module.load_state_dict(own | state)
     return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-
-
-def default_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bf16_in_hardware() -> bool:
-    """Whether the processor multiplies in bfloat16; PyTorch's own answer is yes for any AVX-512, which emulates it."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not on_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def import_first(state: dict[str, Tensor], module: nn.Module) -> list[str]:

@@ -18,12 +18,13 @@ from x2l import words
 from x2l.align import Aligner
 from x2l.asr import CIFASR, Decoder, Spoken, import_moonshine
 from x2l.blip2 import NUM_SPECIAL, Blip2
-from x2l.build import Built, bf16_in_hardware, build, initialise
+from x2l.build import Built, build, initialise
 from x2l.checkpoint import frozen_digest
 from x2l.config import TrainConfig
 from x2l.data.cache import FeatureCache
 from x2l.data.collate import Collator, Fetch, raw, stack
 from x2l.data.feed import open_feed
+from x2l.devices import bf16_in_hardware
 from x2l.encoders import moonshine
 from x2l.interfaces.qformer import QFormer
 from x2l.match import Matcher

@@ -27,9 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from x2l import checkpoint, optim
-from x2l.build import default_device
 from x2l.config import TrainConfig, digest
 from x2l.data.feed import Feed, open_feed
+from x2l.devices import default_device
 from x2l.stages import STAGES, Stage, compute_dtype
 from x2l.types import Output, RunError
 

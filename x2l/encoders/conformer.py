@@ -54,7 +54,7 @@ class Attention(nn.Module):
             for projection, y in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
         )
         if self.num_rotary:
-            q, k = rotate(q, self.num_rotary), rotate(k, self.num_rotary)
+            q, k = rotate(torch.cat([q, k], 1), self.num_rotary).chunk(2, 1)
         keys = None if mask is None else mask[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(-2))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from x2l.build import bf16_in_hardware
+from x2l.devices import bf16_in_hardware
 
 FLOAT32_ROWS = range(3, 65)  # for which a packed product is the faster one in float32
 HINT = 64  # rows that the layout is made for; any number may come
