@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -89,14 +90,32 @@ class Plain:
         return torch.cat([self(*prompt) for prompt in prompts])
 
 
-class Block(NamedTuple):
-    """One layer: weights of its norms, its products, and its activation function."""
+class Norm:
+    """Root-mean-square norm (arXiv 1910.07467) of the last axis, rounded where transformers' layers round.
 
-    norm: Tensor
+    Args:
+        weight: a factor for each channel, or (H, 1, d) for each head's.
+        eps: is added to the mean square.
+    """
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight = weight
+        self.eps, self.size = (torch.tensor(float(x), device=weight.device) for x in (eps, weight.shape[-1]))  # a number costs more
+
+    def __call__(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        mean = torch.addcdiv(self.eps, exact.square().sum(-1, keepdim=True), self.size)
+        return self.weight * (exact * mean.rsqrt_()).type(x.dtype)
+
+
+class Block(NamedTuple):
+    """One layer."""
+
+    norm: Norm
     qkv: Product
-    qk_norm: Tensor | None  # (H, 1, d) of queries and keys, where each head has a norm
+    qk_norm: Norm | None  # of queries and keys, where each head has one
     out: Product
-    ffn_norm: Tensor
+    ffn_norm: Norm
     gate_up: Product
     activation: Any
     down: Product
@@ -107,18 +126,19 @@ class Llama:
 
     def __init__(self, llm: Any, packed_bytes: int = 0, weight_bits: int = 16):
         decoder, attention = llm.model, llm.model.layers[0].self_attn
-        self.rotary, self.norm, self.eps = decoder.rotary_emb, decoder.norm.weight, llm.config.rms_norm_eps
-        self.width = attention.head_dim
+        self.rotary, self.width = decoder.rotary_emb, attention.head_dim
         self.num_q, self.num_k, _ = (layer.out_features // self.width for layer in _qkv(attention))
         *products, self.head = pack(linears(llm), packed_bytes, weight_bits)
         fours = zip(*[iter(products)] * 4, strict=True)
+        norm = partial(Norm, eps=llm.config.rms_norm_eps)
+        self.norm = norm(decoder.norm.weight)
         self.blocks = [
             Block(
-                norm=layer.input_layernorm.weight,
+                norm=norm(layer.input_layernorm.weight),
                 qkv=qkv,
-                qk_norm=self._qk_norm(layer.self_attn),
+                qk_norm=self._qk_norm(layer.self_attn, norm),
                 out=out,
-                ffn_norm=layer.post_attention_layernorm.weight,
+                ffn_norm=norm(layer.post_attention_layernorm.weight),
                 gate_up=gate_up,
                 activation=layer.mlp.act_fn,
                 down=down,
@@ -165,31 +185,25 @@ class Llama:
         cos, sin = rotation
         x, num_qk = embeds_BLD.flatten(0, 1), self.num_q + self.num_k
         for i, block in enumerate(self.blocks):
-            heads = block.qkv(self._norm(x, block.norm)).view(num_rows, length, -1, self.width).transpose(1, 2)
+            heads = block.qkv(block.norm(x)).view(num_rows, length, -1, self.width).transpose(1, 2)
             qk = heads[:, :num_qk]
             if block.qk_norm is not None:
-                qk = self._norm(qk, block.qk_norm)
+                qk = block.qk_norm(qk)
             qk = qk * cos + qk.roll(self.width // 2, -1) * sin
-            read = attend(i, qk[:, : self.num_q], qk[:, self.num_q :], heads[:, num_qk:])
+            read = attend(i, *qk.split((self.num_q, self.num_k), 1), heads[:, num_qk:])
             x = x + block.out(read.transpose(1, 2).reshape(num_rows * length, -1))
-            gate, up = block.gate_up(self._norm(x, block.ffn_norm)).chunk(2, -1)
+            gate, up = block.gate_up(block.ffn_norm(x)).chunk(2, -1)
             x = x + block.down(block.activation(gate) * up)
         return x.view(num_rows, length, -1)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head(self._norm(x, self.norm))
+        return self.head(self.norm(x))
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Root-mean-square norm (arXiv 1910.07467), rounded where transformers' layers round."""
-        scaled = x.float()
-        scaled = scaled * torch.rsqrt(scaled.square().mean(-1, keepdim=True) + self.eps)
-        return weight * scaled.to(x.dtype)
-
-    def _qk_norm(self, attention: Any) -> Tensor | None:
+    def _qk_norm(self, attention: Any, norm: Callable[[Tensor], Norm]) -> Norm | None:
         if not hasattr(attention, "q_norm"):
             return None
         q, k = attention.q_norm.weight, attention.k_norm.weight
-        return torch.cat([q.expand(self.num_q, 1, -1), k.expand(self.num_k, 1, -1)])
+        return norm(torch.cat([q.expand(self.num_q, 1, -1), k.expand(self.num_k, 1, -1)]))
 
 
 def _mask(length: int, past: int, visible_BS: Tensor | None, device: torch.device) -> Tensor | None:
