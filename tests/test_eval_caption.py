@@ -160,6 +160,12 @@ def test_derangement(groups, seed):
     source = controls.derangement(groups, seed)
     assert sorted(source) == list(range(len(groups)))
     assert all(groups[i] != groups[j] for i, j in enumerate(source))
+    assert source == controls.derangement(groups, seed)
+
+
+def test_the_seed_draws_the_derangement():
+    one, other = (controls.derangement([f"{i:03}" for i in range(200)], seed) for seed in (0, 1))
+    assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
 
 
 def test_predict_score_and_controls(tmp_path):

@@ -22,8 +22,6 @@ Key = Callable[[Part], str]  # the identity of a media part, e.g. the sha256 of 
 def derangement(groups: Sequence[str], seed: int) -> list[int]:
     """A permutation that sends every position to one of another group; the same seed gives the same one.
 
-    Groups follow each other by name: the seed tells apart only what shares a group.
-
     Raises:
         ValueError: one group holds more than half of all positions, so none exists.
     """
@@ -31,10 +29,11 @@ def derangement(groups: Sequence[str], seed: int) -> list[int]:
     largest = max((groups.count(group) for group in set(groups)), default=0)
     if size < 2 or 2 * largest > size:
         raise ValueError(f"{largest} of {size} samples share one image: a wrong image for each needs at most half")
-    shuffled = np.random.default_rng(seed).permutation(size).tolist()
-    order = sorted(range(size), key=lambda i: (groups[shuffled[i]], i))
-    # Equal groups now stand together; a rotation by the largest group's size leaves none in its own group.
-    ranked = [shuffled[i] for i in order]
+    generator = np.random.default_rng(seed)
+    names = sorted(set(groups))
+    rank = dict(zip(names, generator.permutation(len(names)).tolist(), strict=True))
+    # Equal groups stand together; a rotation by the largest group's size leaves none in its own group.
+    ranked = sorted(generator.permutation(size).tolist(), key=lambda i: rank[groups[i]])
     source = [0] * size
     for position, index in enumerate(ranked):
         source[index] = ranked[(position + largest) % size]
