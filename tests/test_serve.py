@@ -389,7 +389,7 @@ def test_what_is_open_to_others_needs_keys(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize("command", ["serve", "web"])
-def test_fewer_bits_are_asked_for_by_an_option_and_computed_in_bfloat16(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_bits_are_asked_for_by_an_option(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[Any, ...]] = []
 
     def load(*arguments: Any) -> Assistant:
@@ -397,10 +397,10 @@ def test_fewer_bits_are_asked_for_by_an_option_and_computed_in_bfloat16(command:
         raise ValueError("loaded")
 
     monkeypatch.setattr(Assistant, "load", load)
-    for options, overrides in (([], []), (["--weight-bits", "8"], ["llm.dtype=bfloat16"])):
+    for bits, dtype in ((None, None), (32, "float32"), (16, "bfloat16"), (8, "bfloat16"), (4, "bfloat16")):
         loaded.clear()
         with pytest.raises(ValueError, match="loaded"):
-            CliRunner().invoke(app, [command, *options], catch_exceptions=False)
-        assert loaded == [("tiny", overrides)]
-    with pytest.raises(ValueError, match="weight bits must be 16, 8 or 4, got 5"):
+            CliRunner().invoke(app, [command, *(["--weight-bits", str(bits)] if bits else [])], catch_exceptions=False)
+        assert loaded == [("tiny", [f"llm.dtype={dtype}"] if dtype else [])]
+    with pytest.raises(ValueError, match="--weight-bits must be one of 32, 16, 8, 4, got 5"):
         CliRunner().invoke(app, [command, "--weight-bits", "5"], catch_exceptions=False)

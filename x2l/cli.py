@@ -44,9 +44,10 @@ AllowHost = Annotated[
     typer.Option(help="name under which others may ask for this server; without keys only this machine's own names are answered"),
 ]
 WeightBits = Annotated[
-    int,
+    Optional[int],  # noqa: UP045
     typer.Option(
-        help="of the LLM's weights: 8 or 4 are faster, in bfloat16, on processors with AVX-512 (docs/serve.md); 16: as they are"
+        help="of the LLM's weights: 32, 16 (bfloat16: on processors that multiply in it about twice as fast), 8 or 4 (faster still"
+        " for few answers at a time, with AVX-512; docs/serve.md); else as the recipe says"
     ),
 ]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
@@ -203,7 +204,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
     grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM")] = 60.0,
     vllm: Annotated[Optional[str], typer.Option(help="URL of a vLLM server that holds the LLM (x2l export vllm)")] = None,  # noqa: UP045
-    weight_bits: WeightBits = 16,
+    weight_bits: WeightBits = None,
 ) -> None:
     """Serve a model over the API of OpenAI's clients (docs/serve.md).
 
@@ -211,7 +212,7 @@ def serve(
 
         x2l serve
 
-        x2l serve --weight-bits 4
+        x2l serve --weight-bits 16
 
         X2L_API_KEYS=a-long-random-key x2l serve --host 0.0.0.0 --allow-remote
 
@@ -234,7 +235,7 @@ def web(
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
     allow_host: AllowHost = None,
     compare: Annotated[Optional[str], typer.Option(help="another model, which answers every question beside the first")] = None,  # noqa: UP045
-    weight_bits: WeightBits = 16,
+    weight_bits: WeightBits = None,
 ) -> None:
     """Chat with a model in the browser: photos, videos and sound, as far as it reads them (docs/serve.md).
 

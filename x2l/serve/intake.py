@@ -37,7 +37,7 @@ class EngineConfig:
     prefix_bytes: int = 512 << 20
     embedding_bytes: int = 256 << 20
     packed_bytes: int = 3 << 29  # of weights in a layout for few rows; a larger LLM, or one unlike LLaMA, goes without
-    weight_bits: int = 16  # of the LLM's weights in that layout: 16, 8 or 4; fewer than 16 for bfloat16 alone
+    weight_bits: int = 16  # of the LLM's weights in that layout: 8 or 4, of an LLM in bfloat16; 16: as they are
     request_seconds: float = 300.0
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from x2l.assistant import Assistant
+from x2l.devices import bf16_in_hardware, default_device
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.decoders import DecoderPool
 from x2l.serve.engine import Engine
@@ -29,6 +30,7 @@ from x2l.serve.voice_routes import MAX_FRAME_BYTES
 log = logging.getLogger(__name__)
 HEADER_SECONDS = 20.0  # from the connection to the first complete request head
 MAX_HEAD_BYTES = 32 << 10
+BITS = (32, 16, 8, 4)
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -158,26 +160,30 @@ def run(
     page: bool = False,
     vllm: str | None = None,
     compare: str | None = None,
-    weight_bits: int = 16,
+    weight_bits: int | None = None,
 ) -> None:
     """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL;
-    ``compare``: another model, which the page asks the same; ``weight_bits``: as in `EngineConfig`, fewer than 16 of LLMs that are
-    loaded in bfloat16.
+    ``compare``: another model, which the page asks the same; ``weight_bits``: of the LLMs' weights, 32 (float32), 16 (bfloat16), or
+    fewer, by which one to four answers at a time are decoded in bfloat16.
 
     Raises:
-        ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or fewer
-            ``weight_bits`` than 16 with ``vllm`` or on a processor that has no such products.
+        ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or
+            ``weight_bits`` with ``vllm``, other than these, or fewer than 16 on a processor that has no such products.
     """
     keys = read_keys(keys_file)
     if not keys and host not in LOCAL:
         raise ValueError(f"--host {host} is open to others: set X2L_API_KEYS or --api-keys FILE, or use --host 127.0.0.1")
     if "*" in origins:
         raise ValueError("--origin * would let every web page use this server: name the origins")
-    if weight_bits != 16 and vllm is not None:
+    if weight_bits is not None and weight_bits not in BITS:
+        raise ValueError(f"--weight-bits must be one of {', '.join(map(str, BITS))}, got {weight_bits}")
+    if weight_bits is not None and vllm is not None:
         raise ValueError(f"--weight-bits {weight_bits} is for an LLM in this process, not at {vllm}: let vLLM quantise it")
+    if weight_bits == 16 and default_device().type == "cpu" and not bf16_in_hardware():
+        log.warning("this processor does not multiply in bfloat16: --weight-bits 16 saves memory and costs time")
     names = served_names([model] if compare is None else [model, compare])
-    engine_config = EngineConfig(max_batch=max_batch, weight_bits=weight_bits)
-    overrides = ["llm.dtype=bfloat16"] if weight_bits < 16 else []
+    engine_config = EngineConfig(max_batch=max_batch, weight_bits=min(16, weight_bits or 16))
+    overrides = [f"llm.dtype={'float32' if weight_bits == 32 else 'bfloat16'}"] if weight_bits else []
     limits = Limits(max_requests=len(names) * (max_batch + engine_config.max_queue))
     bounds: dict[str, dict[str, Any]] = {"image": {"max_pixels": limits.max_pixels}, "audio": {"max_seconds": limits.max_seconds}}
     pool = DecoderPool(seconds=limits.decode_seconds, bounds=bounds)
