@@ -33,6 +33,9 @@ def rotate(x_NHFE: Tensor, num_rotary: int) -> Tensor:
     return torch.cat([(turned * angle.cos() + quarter * angle.sin()).to(x_NHFE.dtype), passed], -1)
 
 
+KeysValues = tuple[Tensor, Tensor]
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases; self-attention is rotary, cross-attention has no positions."""
 
@@ -47,12 +50,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(context_width or width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Queries ``x`` (N, F, E), keys and values ``context`` (N, K, C); ``mask`` (N, K) is True on valid keys."""
-        q, k, v = (
-            projection(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, y in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
-        )
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Of a context (N, K, C) that is attended to several times: keys and values (N, H, K, E / H), without positions."""
+        return self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Queries ``x`` (N, F, E), context (N, K, C) or its `keys_values`; ``mask`` (N, K) is True on valid keys."""
+        q = self._heads(self.q_proj(x))
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         if self.num_rotary:
             q, k = rotate(torch.cat([q, k], 1), self.num_rotary).chunk(2, 1)
         keys = None if mask is None else mask[:, None, None]

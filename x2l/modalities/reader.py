@@ -8,12 +8,14 @@ token by token. Not in the paper. Shape letters: N utterances, U embeddings, C w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x2l.encoders import moonshine
-from x2l.encoders.conformer import Attention, valid_frames
+from x2l.encoders.conformer import Attention, KeysValues, valid_frames
 from x2l.modalities.soft_words import Words
 from x2l.types import Features
 
@@ -35,9 +37,17 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, heard: Tensor, heard_mask: Tensor, context: Features | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        heard: Tensor | KeysValues,
+        heard_mask: Tensor,
+        context: Features | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """(N, U, C) -> (N, U, C); with a ``mask`` (N, U) every place sees all that it allows, else those before it."""
+        """(N, U, C) -> (N, U, C), given CIF embeddings (N, K, C) or what ``cif_attention`` makes of them.
+
+        With a ``mask`` (N, U) every place sees all that it allows, else those before it.
+        """
         y = self.self_norm(x)
         x = x + self.dropout(self.self_attention(y, y, mask, causal=mask is None))
         x = x + self.dropout(self.cif_attention(self.cif_norm(x), heard, heard_mask))
@@ -88,17 +98,18 @@ class Reader(nn.Module):
         heard = heard.masked_fill(beyond, 0.0)
         pieces = heard.unflatten(-1, (self.parts, -1)).flatten(1, 2)
         pieces_mask = valid_frames(seen_N * self.parts, pieces.shape[1])
-        x = self._read(self.start + self.fuse(heard), pieces, pieces_mask, mask)
+        kept = [block.cif_attention.keys_values(pieces) for block in self.blocks]  # type: ignore[operator, union-attr]
+        x = self._read(self.start + self.fuse(heard), kept, pieces_mask, mask)
         for _ in range(self.again):
             assert self.words is not None
             said = self.words.spoken(x)
             before = torch.cat([self.start.expand(len(x), 1, -1), said[:, :-1]], 1)
-            x = self._read(before + self.fuse(heard), pieces, pieces_mask, None)
+            x = self._read(before + self.fuse(heard), kept, pieces_mask, None)
         return Features(x.masked_fill(beyond, 0.0), lengths_N)
 
-    def _read(self, x: Tensor, pieces: Tensor, pieces_mask: Tensor, mask: Tensor | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, pieces, pieces_mask, mask=mask)
+    def _read(self, x: Tensor, pieces: Sequence[KeysValues], pieces_mask: Tensor, mask: Tensor | None) -> Tensor:
+        for block, keys_values in zip(self.blocks, pieces, strict=True):
+            x = block(x, keys_values, pieces_mask, mask=mask)
         read: Tensor = self.norm(x)
         return read
 
