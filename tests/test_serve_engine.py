@@ -192,42 +192,130 @@ def test_bounded_states_make_rows_wait(model: Assistant) -> None:
         engine.close()
 
 
+class Watched:
+    """An engine that says what it computed in a turn: positions of each pass over prompts, and how many media it read.
+
+    It waits before its first token until `go` is set, so that requests can be sent at one moment.
+    """
+
+    def __init__(self, model: Assistant, monkeypatch: pytest.MonkeyPatch, **config: Any):
+        self.engine = Engine(model, EngineConfig(**config))
+        self.passes: list[list[int]] = []
+        self.media: list[int] = []
+        self.rows = 0  # the most that were decoded at a time
+        self.held, self.go = threading.Event(), threading.Event()
+        read, step, turn, image = self.engine._read, self.engine._step, self.engine._turn, model.model.modalities["image"].forward
+
+        def reads(group: Any) -> int:
+            self.passes[-1].append(read(group))
+            return self.passes[-1][-1]
+
+        def looks(*arguments: Any) -> Any:
+            self.media[-1] += 1
+            return image(*arguments)
+
+        def next_token() -> None:
+            self.held.set()
+            assert self.go.wait(20)
+            self.rows = max(self.rows, len(self.engine._active))
+            step()
+
+        def next_turn() -> None:
+            self.passes.append([])
+            self.media.append(0)
+            turn()
+
+        monkeypatch.setattr(self.engine, "_read", reads)
+        monkeypatch.setattr(self.engine, "_step", next_token)
+        monkeypatch.setattr(self.engine, "_turn", next_turn)
+        monkeypatch.setattr(model.model.modalities["image"], "forward", looks)
+        self.engine.stops = set()
+
+    def begin(self, tokens: int) -> Answer:
+        """An answer in progress."""
+        answer = self.engine.submit([user("Hello")], Decode(tokens))
+        assert self.held.wait(20)
+        return answer
+
+
 def test_answers_in_progress_wait_for_one_prompts_media_and_a_chunk(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two of their tokens no more is computed, however many wait; with nobody to wait for, prompts go together."""
-    engine = Engine(model, EngineConfig(prefill_chunk=64, max_batch=8))
-    engine.stops = set()
-    passes: list[list[int]] = [[]]  # for each token: positions of the passes over prompts before it
-    looks = [0]  # and at how many prompts' media
-    read, embed, step = engine._read, engine._embed, engine._step
-
-    def reads(group: Any) -> int:
-        passes[-1].append(read(group))
-        return passes[-1][-1]
-
-    def looks_at(job: Any) -> bool:
-        ran = embed(job)
-        looks[-1] += ran
-        return ran
-
-    def next_token() -> None:
-        passes.append([])
-        looks.append(0)
-        step()
-
-    monkeypatch.setattr(engine, "_embed", looks_at)
-    monkeypatch.setattr(engine, "_read", reads)
-    monkeypatch.setattr(engine, "_step", next_token)
-    long = engine.submit([user("Hello")], Decode(60))
-    next(iter(long))
-    asked = [[user(image(picture((i, 0, 200))), "?")] for i in range(4)] + [[user(f"{i}?")] for i in range(20)]
+    """Between two of their tokens no more is computed, however many wait, and whether or not these fail."""
+    asked = [[user(image(picture((i, 0, 200))), "?")] for i in range(4)] + [[user(f"{i}?")] for i in range(16)]
+    asked += [[user("The same long question, asked again and again?")]] * 12  # each waits for the states of the one before
+    expected = [alone(model, messages, 1) for messages in asked]
+    too_long = [[user(*[image(picture((i, 200, 0)))] * 250)] for i in range(10)]
+    watched = Watched(model, monkeypatch, prefill_chunk=64, max_batch=8)
+    engine = watched.engine
+    long = watched.begin(40)
     answers = [engine.submit(messages, Decode(1)) for messages in asked]
-    assert ["".join(answer) for answer in answers] == [alone(model, messages, 1) for messages in asked]
+    refused = [engine.submit(messages, Decode(20)) for messages in too_long[:5]]
+    watched.go.set()
+    assert ["".join(answer) for answer in answers] == expected
+    for answer in refused:
+        with pytest.raises(RequestError, match="exceed the context"):
+            "".join(answer)
     "".join(long)
+    watched.go.clear()
+    watched.held.clear()
+    watched.begin(2)
+    refused = [engine.submit(messages, Decode(20)) for messages in too_long[5:]]
+    watched.go.set()  # now nothing is in progress, but a cancellation or a request's end must not wait for all of them either
+    for answer in refused:
+        with pytest.raises(RequestError, match="exceed the context"):
+            "".join(answer)
     engine.close()
-    assert max(looks) == 1
-    assert sum(looks) == 4
-    assert all(sum(turn) <= 64 for turn in passes[1:])
-    assert sum(map(len, passes)) < len(asked)  # they were computed together
+    assert max(watched.media) == 1
+    assert sum(watched.media) == 4 + 10
+    assert all(sum(turn) <= 64 for turn in watched.passes)
+    assert sum(map(len, watched.passes)) < len(asked)  # they were computed together
+
+
+def test_prompts_together_keep_to_the_batch(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(model, monkeypatch, max_batch=3)
+    watched.begin(9)
+    answers = [watched.engine.submit([user(f"{i}?")], Decode(9)) for i in range(8)]
+    watched.go.set()
+    assert ["".join(answer) for answer in answers] == [alone(model, [user(f"{i}?")], 9) for i in range(8)]
+    watched.engine.close()
+    assert watched.rows == 3
+
+
+def test_a_prompt_that_fails_costs_no_other_of_its_pass(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(model, monkeypatch)
+    engine, choose = watched.engine, watched.engine._choose
+
+    def broken(job: Any, logits: Any) -> int:
+        if job.decode.seed == 7:
+            raise RuntimeError("at 0x7f00 in /secret")
+        return choose(job, logits)
+
+    monkeypatch.setattr(engine, "_choose", broken)
+    first = watched.begin(9)
+    answers = [engine.submit([user(f"{i}?")], Decode(9, seed=7 if i == 1 else 0)) for i in range(4)]
+    watched.go.set()
+    with pytest.raises(EngineError, match="the model failed on this request"):
+        "".join(answers.pop(1))
+    assert ["".join(answer) for answer in answers] == [alone(model, [user(f"{i}?")], 9) for i in (0, 2, 3)]
+    assert engine.stats.errors == 1
+    "".join(first)
+    assert is_idle(engine)
+    engine.close()
+
+
+def test_a_pass_that_fails_costs_its_prompts(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(model, monkeypatch)
+    engine, prompts = watched.engine, watched.engine.forward.prompts
+    first = watched.begin(9)
+    monkeypatch.setattr(engine.forward, "prompts", lambda group: prompts(group) if len(group) == 1 else 1 / 0)
+    answers = [engine.submit([user(f"{i}?")], Decode(9)) for i in range(4)]
+    watched.go.set()
+    for answer in answers:
+        with pytest.raises(EngineError, match="the model failed on this request"):
+            "".join(answer)
+    assert "".join(first)
+    assert list(engine.submit([user("a")], Decode(5)))
+    assert is_idle(engine)
+    engine.close()
 
 
 def test_prompts_of_the_same_moment_are_computed_together(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:

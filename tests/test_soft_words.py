@@ -94,6 +94,17 @@ def test_no_word_that_matters_is_left_out(scale: float, rounded: bool) -> None:
 
 
 @torch.no_grad()
+def test_the_worst_rounding_leaves_no_word_out() -> None:
+    """Every factor just above half a unit of bfloat16, so that all roundings add up, and a word barely likely enough."""
+    up = 1 + 2**-8 + 2**-20
+    x, row = torch.full((1, 1, 877), up), torch.full((877,), up * 2**-6)
+    table = torch.stack([row, -row, torch.zeros(877)])
+    words = Words(LETTERS)
+    vars(words).update(_spoken=table, _rounded=(table.bfloat16().T, row.norm()))
+    assert words._likely(x).tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
 def test_what_is_not_a_number_stays_so_and_spoils_no_other(started: Any) -> None:
     soft, spoken, *_ = started
     x = spoken[None, [3, 7]]

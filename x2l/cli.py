@@ -46,8 +46,8 @@ AllowHost = Annotated[
 WeightBits = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(
-        help="of the LLM's weights: 32, 16 (bfloat16: on processors that multiply in it about twice as fast), 8 or 4 (faster still"
-        " for few answers at a time, with AVX-512; docs/serve.md); else as the recipe says"
+        help="of the LLM's weights: 32, 16 (bfloat16, faster on processors that multiply in it), 8 or 4 (faster still for few"
+        " answers at a time, with AVX-512; docs/serve.md); else as the recipe says"
     ),
 ]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045

@@ -25,7 +25,7 @@ from x2l.vocabulary import Vocabulary, spelled_rows
 from x2l.weights import resolve
 
 MOONSHINE = "moonshine"
-ROUNDING = 2.0**-7  # how far off a score in bfloat16 can be, of its vectors' lengths: half a unit for either and for their product
+ROUNDING = 2.0**-6  # a bound for how far off a score in bfloat16 is, of its vectors' lengths: three roundings of 2^-8 each
 NEGLIGIBLE = 1e-12  # fifty thousand words of less add nothing in float32 (2^-24), and denormal ones slow a product tenfold
 
 

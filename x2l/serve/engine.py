@@ -225,35 +225,36 @@ class Engine:
 
         Answers in progress wait for no more than that and one prompt's media.
         """
-        chunk = room = self.config.prefill_chunk
-        looked = False
+        room, looked = self.config.prefill_chunk, False
         while room > 0:
             group, looked = self._gather(room, looked)
             if not group:
                 return
-            try:
-                room -= max(self._read(group), chunk // self.config.max_batch)  # a short prompt costs nearly as much
-            except Exception as error:
-                self._reject(group, error)
+            room -= self._read(group)
 
     def _gather(self, room: int, looked: bool) -> tuple[list[Job], bool]:
-        """Prompts to compute together, in the order in which they came, and whether media were looked at, if not ``looked`` before.
+        """Prompts to compute together, in the order in which they came; and ``looked``, or whether an interface had to run.
 
-        A prompt that begins as another one of them does waits for its states; one that exceeds a chunk is cut where it would be
-        if it came alone.
+        None waits for the media of another behind it. A prompt that begins as another one of them does waits for its states; one
+        that exceeds a chunk is cut where it would be if it came alone.
         """
         chunk, group = self.config.prefill_chunk, list[Job]()
         while room > 0 and (job := self._next(len(group))):
-            if looked and self._active and not self._seen(job):
+            fresh = not self._seen(job)
+            if fresh and looked and (self._active or group):
                 break
+            looked |= fresh
             try:
-                looked |= job.embeds is None and self._embed(job)
+                if job.embeds is None:
+                    self._embed(job)
                 if not self._fits(job, group):
                     break
                 if job.cache is None:
                     self._recall(job)
             except Exception as error:
                 self._reject([job], error)
+                if fresh:
+                    break
                 continue
             if any(job.shared(other) >= job.length + SHARED for other in group):
                 job.cache = None
@@ -274,32 +275,46 @@ class Engine:
         return self._filling[index] if index < len(self._filling) else None
 
     def _read(self, group: Sequence[Job]) -> int:
-        """Compute each prompt's next chunk, and with its end the answer's first token; returns how many positions that were."""
+        """Compute each prompt's next chunk, and with its end the answer's first token; returns how many positions that were.
+
+        What fails is rejected: all of them, if the pass does.
+        """
         prompts = []
         for job in group:
             assert job.embeds is not None
             start, end = job.length, min(job.length + self.config.prefill_chunk, job.prompt_length)
             positions = torch.arange(start, end, device=self.model.device)[None]
             prompts.append(Prompt(job.embeds[:, start:end], positions, job.cache))
-        for job, prompt, logits in zip(group, prompts, self.forward.prompts(prompts).split(1), strict=True):
+        try:
+            rows = self.forward.prompts(prompts).split(1)
+        except Exception as error:
+            self._reject(group, error)
+            return self.config.prefill_chunk  # no more before the next token: others might fail, too
+        for job, prompt, logits in zip(group, prompts, rows, strict=True):
             job.length += prompt.positions_BL.shape[1]
             if job.length == job.prompt_length:
-                self.stats.prompt_tokens += job.prompt_length
-                self.stats.cached_tokens += job.answer.usage.cached
-                self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
-                ended = self._append(job, self._choose(job, logits))
-                self._filling.remove(job)
-                if not ended:
-                    self._ready.append(job)
+                try:
+                    self._begin(job, logits)
+                except Exception as error:
+                    self._reject([job], error)
         return sum(prompt.positions_BL.shape[1] for prompt in prompts)
+
+    def _begin(self, job: Job, logits: Tensor) -> None:
+        """A prompt is complete: its states are kept, and its answer begins."""
+        self.stats.prompt_tokens += job.prompt_length
+        self.stats.cached_tokens += job.answer.usage.cached
+        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
+        ended = self._append(job, self._choose(job, logits))
+        self._filling.remove(job)
+        if not ended:
+            self._ready.append(job)
 
     def _seen(self, job: Job) -> bool:
         """Whether no interface has to run for its media."""
         return all(item.embeds is not None or self.embeddings.get(item.key) is not None for item in job.items)
 
-    def _embed(self, job: Job) -> bool:
-        """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings; whether any had to run."""
-        ran = False
+    def _embed(self, job: Job) -> None:
+        """Run the interfaces on what is not known yet, and lay the whole prompt out as embeddings."""
         for item in job.items:
             if item.embeds is None:
                 item.embeds = self.embeddings.get(item.key)  # another request may have brought the same file since
@@ -307,10 +322,8 @@ class Engine:
                 read: Features = self.model.modalities[item.modality](Media(inputs=item.inputs))
                 item.embeds = read.x[0, : int(read.lengths[0])].clone()
                 self.embeddings.put(item.key, item.embeds)
-                ran = True
         job.lay_out(self.model)
         self.intake.check_context(job.prompt_length, job.decode)
-        return ran
 
     def _fits(self, job: Job, group: Sequence[Job]) -> bool:
         """Whether the states of a row beside those of ``group``, padded as rows are, stay in bounds; a row alone always fits."""

@@ -164,7 +164,7 @@ def run(
 ) -> None:
     """Load a model and serve it until a signal comes, with ``page`` the chat page too; ``vllm``: the LLM is at this URL;
     ``compare``: another model, which the page asks the same; ``weight_bits``: of the LLMs' weights, 32 (float32), 16 (bfloat16), or
-    fewer, by which one to four answers at a time are decoded in bfloat16.
+    8 or 4: bfloat16, but fewer bits for one to four answers at a time.
 
     Raises:
         ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or
