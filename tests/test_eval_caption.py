@@ -154,7 +154,7 @@ def test_paired_difference():
 @given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=30), st.integers(0, 5))
 def test_derangement(groups, seed):
     if 2 * max(groups.count(g) for g in groups) > len(groups):
-        with pytest.raises(ValueError, match="share one image"):
+        with pytest.raises(ValueError, match="are alike in what is to be exchanged"):
             controls.derangement(groups, seed)
         return
     source = controls.derangement(groups, seed)

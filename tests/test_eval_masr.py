@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from x2l.data.sources import read_source
 from x2l.eval import commands, controls, masr, questions, records, tasks
 from x2l.eval.predict import predict
-from x2l.types import Part, Sample
+from x2l.types import Part, Sample, user
 
 INFO = {"checkpoint": "0" * 64, "device": "cpu", "dtype": "float32"}
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "white": (250, 250, 250)}
@@ -155,6 +155,18 @@ def test_spoken_questions_about_photos(tmp_path: Path) -> None:
     for before, after in zip(asked, swapped, strict=True):
         assert before.media[0] == after.media[0]
         assert before.media[1] != after.media[1]
+
+
+def test_the_wrong_question_is_never_the_right_one_by_another_voice() -> None:
+    typed = ["What sport?", "What sport?", "Which colour?", "How many?"]
+    asked = [
+        Sample(str(i), (user(Part("image", bytes=b"photo"), Part("speech", bytes=bytes([i]))),), {"typed": text})
+        for i, text in enumerate(typed)
+    ]
+    for seed in range(20):
+        swapped = controls.CONTROLS["wrong-speech"](asked, lambda part: records.sha256(part.bytes), seed)
+        heard = [typed[sample.media[1].bytes[0]] for sample in swapped]
+        assert all(a != b for a, b in zip(heard, typed, strict=True))
 
 
 def test_the_same_question_in_writing(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def derangement(groups: Sequence[str], seed: int) -> list[int]:
     size = len(groups)
     largest = max((groups.count(group) for group in set(groups)), default=0)
     if size < 2 or 2 * largest > size:
-        raise ValueError(f"{largest} of {size} samples share one image: a wrong image for each needs at most half")
+        raise ValueError(f"{largest} of {size} samples are alike in what is to be exchanged: at most half may be")
     generator = np.random.default_rng(seed)
     names = sorted(set(groups))
     rank = dict(zip(names, generator.permutation(len(names)).tolist(), strict=True))
@@ -46,12 +46,18 @@ def wrong_image(samples: Sequence[Sample], key: Key, seed: int, modality: str = 
     Raises:
         ValueError: the samples do not all hold the same number of images, or too many share one.
     """
-    media = [[part for part in sample.media if part.type == modality] for sample in samples]
-    numbers = {len(parts) for parts in media}
-    if len(numbers) != 1 or 0 in numbers:
-        raise ValueError(f"wrong-{modality} needs one number of {modality} parts in all samples, got {sorted(numbers)}")
-    source = derangement(["|".join(map(key, parts)) for parts in media], seed)
-    return [_swap(sample, modality, media[source[i]]) for i, sample in enumerate(samples)]
+    return _exchange(samples, ["|".join(map(key, parts)) for parts in _media(samples, modality)], seed, modality)
+
+
+def wrong_speech(samples: Sequence[Sample], key: Key, seed: int) -> list[Sample]:
+    """Every sample with the recording of another question, by ``sample.meta["typed"]`` where it says what is asked: two voices may
+    ask the same.
+
+    Raises:
+        ValueError: the samples do not all hold the same number of recordings, or too many ask the same.
+    """
+    asked = zip(samples, _media(samples, "speech"), strict=True)
+    return _exchange(samples, [sample.meta.get("typed") or "|".join(map(key, parts)) for sample, parts in asked], seed, "speech")
 
 
 def blank(samples: Sequence[Sample], key: Key, seed: int, modality: str = "image") -> list[Sample]:
@@ -73,9 +79,7 @@ def wrong_sound(samples: Sequence[Sample], key: Key, seed: int, modality: str = 
     Raises:
         ValueError: one class holds more than half of the samples.
     """
-    source = derangement([sample.meta["references"][0] for sample in samples], seed)
-    media = [[part for part in sample.media if part.type == modality] for sample in samples]
-    return [_swap(sample, modality, media[source[i]]) for i, sample in enumerate(samples)]
+    return _exchange(samples, [sample.meta["references"][0] for sample in samples], seed, modality)
 
 
 def silence(samples: Sequence[Sample], key: Key, seed: int, modality: str = "audio") -> list[Sample]:
@@ -106,9 +110,22 @@ CONTROLS: dict[str, Callable[..., list[Sample]]] = {
     "wrong-sound": wrong_sound,
     "silence": silence,
     "wrong-video": partial(wrong_image, modality="video"),
-    "wrong-speech": partial(wrong_image, modality="speech"),
+    "wrong-speech": wrong_speech,
     "typed": typed,
 }
+
+
+def _media(samples: Sequence[Sample], modality: str) -> list[list[Part]]:
+    return [[part for part in sample.media if part.type == modality] for sample in samples]
+
+
+def _exchange(samples: Sequence[Sample], groups: Sequence[str], seed: int, modality: str) -> list[Sample]:
+    """Each sample with the media of one of another group."""
+    media = _media(samples, modality)
+    numbers = {len(parts) for parts in media}
+    if len(numbers) != 1 or 0 in numbers:
+        raise ValueError(f"wrong-{modality} needs one number of {modality} parts in all samples, got {sorted(numbers)}")
+    return [_swap(sample, modality, media[j]) for sample, j in zip(samples, derangement(groups, seed), strict=True)]
 
 
 def _swap(sample: Sample, modality: str, new: list[Part]) -> Sample:
