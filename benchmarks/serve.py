@@ -123,11 +123,11 @@ def steps(bench: Bench) -> None:
     table, caches = llm.get_input_embeddings(), Caches(llm)
 
     def lanes(forward: Forward, rows: int) -> Lanes:
-        lanes = Lanes(forward, table, caches)
-        for i in range(rows):
-            length, cache = 60 + 5 * i, caches.load([])
-            forward(table(torch.full((1, length), 5)), torch.arange(length)[None], cache)
-            lanes.join(cache, length)
+        lanes, lengths, filled = Lanes(forward, table, caches), [60 + 5 * i for i in range(rows)], []
+        for length in lengths:
+            filled.append(caches.load([]))
+            forward(table(torch.full((1, length), 5)), torch.arange(length)[None], filled[-1])
+        lanes.join(filled, lengths)
         return lanes
 
     with torch.inference_mode():

@@ -62,12 +62,12 @@ def talk(llm: Any, forward: Forward, pieces: list[int]) -> list[torch.Tensor]:
     for size in pieces:
         found.append(forward(table(ids[:, at : at + size]), torch.arange(at, at + size)[None], cache))
         at += size
-    lanes = Lanes(forward, table, caches)
-    for length in (at, 5, 11):
-        if length != at:
-            cache = caches.load([])
-            found.append(forward(table(ids[:, :length]), torch.arange(length)[None], cache))
-        lanes.join(cache, length)
+    lanes, kept = Lanes(forward, table, caches), {at: cache}
+    for length in (5, 11):
+        kept[length] = caches.load([])
+        found.append(forward(table(ids[:, :length]), torch.arange(length)[None], kept[length]))
+    for lengths in ([at], [5, 11]):
+        lanes.join([kept[length] for length in lengths], lengths)
         found.append(lanes.step([int(i) for i in torch.randint(97, (len(lanes.lengths),), generator=generator)]))
     found += [lanes.step([3, 4, 5]) for _ in range(2)]
     lanes.keep([1])

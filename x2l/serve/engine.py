@@ -176,10 +176,11 @@ class Engine:
         self._drop()
         self._fill()
         try:
-            while self._ready:
-                self._lanes.join(self._ready[0].cache, self._ready[0].prompt_length)
-                self._ready[0].cache = None
-                self._active.append(self._ready.pop(0))
+            if self._ready:
+                self._lanes.join([job.cache for job in self._ready], [job.prompt_length for job in self._ready])
+                for job in self._ready:
+                    job.cache = None
+                self._active, self._ready = self._active + self._ready, []
             if self._active:
                 self._step()
         except Exception:

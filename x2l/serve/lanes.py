@@ -55,15 +55,15 @@ class Lanes:
         self.lengths: list[int] = []  # positions of each row that the cache holds
         self._cache: Any = None
 
-    def join(self, cache: Any, length: int) -> None:
-        """Add a row whose ``length`` positions are in ``cache`` (B = 1), from which they are copied."""
+    def join(self, caches: Sequence[Any], lengths: Sequence[int]) -> None:
+        """Add a row for each of ``caches`` (B = 1), which hold so many positions, and from which they are copied."""
         if not self.lengths:
             self._cache = self.caches.load([])
-        width = max([*self.lengths, length])
-        for mine, new in zip(self._cache.layers, cache.layers, strict=True):
-            held = [] if not self.lengths else [(mine.keys, mine.values)]
-            Roomy.take(mine, [*held, (new.keys, new.values)], width)
-        self.lengths.append(length)
+        width = max([*self.lengths, *lengths])
+        for mine, *new in zip(self._cache.layers, *(cache.layers for cache in caches), strict=True):
+            held = [mine] if self.lengths else []
+            Roomy.take(mine, [(layer.keys, layer.values) for layer in (*held, *new)], width)
+        self.lengths += lengths
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feed one token a row, (B,) ids; logits (B, V) of the next ones."""
