@@ -224,7 +224,7 @@ if __name__ == "__main__":
     parser.add_argument("tokens", nargs="?", default=48, type=int)
     parser.add_argument("--only", action="append", choices=parts)
     parser.add_argument("--set", action="append", default=[], help="an override of the model's recipe: llm.dtype=bfloat16")
-    parser.add_argument("--weight-bits", default=16, type=int, help="as of x2l serve")
+    parser.add_argument("--weight-bits", default=16, type=int, choices=(16, 8, 4), help="8 or 4 with --set llm.dtype=bfloat16")
     args = parser.parse_args()
     bench = Bench(args.model, args.tokens, args.set, args.weight_bits)
     print(f"serve: {bench.tokens} tokens an answer\n{'':<46} {'peer':>9} {'ours':>9}")

@@ -378,6 +378,8 @@ def test_what_is_open_to_others_needs_keys(monkeypatch: pytest.MonkeyPatch, tmp_
         run("tiny", host="0.0.0.0")
     with pytest.raises(ValueError, match="every web page"):
         run("tiny", origins=("*",))
+    with pytest.raises(ValueError, match=r"'chat\.example' is no origin: .* such as https://chat\.example"):
+        run("tiny", origins=("https://fine.example:8443", "chat.example"))
     monkeypatch.setenv("X2L_API_KEYS", f"{KEY},{KEY}2")
     assert read_keys(None) == [KEY, f"{KEY}2"]
     keys = tmp_path / "keys"
@@ -386,6 +388,13 @@ def test_what_is_open_to_others_needs_keys(monkeypatch: pytest.MonkeyPatch, tmp_
         read_keys(keys)
     with pytest.raises(ValueError, match="cannot read the API keys"):
         read_keys(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("wrong", [["--max-batch", "0"], ["--port", "99999"], ["--grace", "-1"]])
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(wrong: list[str]) -> None:
+    result = CliRunner().invoke(app, ["serve", *wrong])
+    assert result.exit_code == 2
+    assert f"for '{wrong[0]}'" in result.output
 
 
 @pytest.mark.parametrize("command", ["serve", "web"])

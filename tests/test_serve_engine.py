@@ -182,6 +182,11 @@ def test_a_full_queue_refuses_and_recovers(model: Assistant) -> None:
         engine.submit([user("d")])
 
 
+def test_bounds_that_let_nothing_through_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch must be 1 or more, got 0"):
+        EngineConfig(max_batch=0)
+
+
 def test_bounded_states_make_rows_wait(model: Assistant) -> None:
     engine = Engine(model, EngineConfig(kv_bytes=1))  # one row at a time
     try:

@@ -47,7 +47,7 @@ WeightBits = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(
         help="of the LLM's weights: 32, 16 (bfloat16, faster on processors that multiply in it), 8 or 4 (faster still for few"
-        " answers at a time, with AVX-512; docs/serve.md); else as the recipe says"
+        " answers at a time; such a processor with AVX-512 alone; docs/serve.md); by default as the recipe says"
     ),
 ]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value overrides of the recipe")]  # noqa: UP045
@@ -196,13 +196,13 @@ def info(
 def serve(
     model: Model = "tiny",
     host: Annotated[str, typer.Option(help="address to listen at; others than this machine's own need API keys")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+    port: Annotated[int, typer.Option(help="port to listen at", min=0, max=65535)] = 8000,
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
     allow_host: AllowHost = None,
     origin: Annotated[Optional[list[str]], typer.Option(help="web origin that may use the API; may be repeated")] = None,  # noqa: UP045
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="fetch media from public http(s) URLs")] = False,
-    max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time")] = 8,
-    grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM")] = 60.0,
+    max_batch: Annotated[int, typer.Option(help="answers that are decoded at a time", min=1)] = 8,
+    grace: Annotated[float, typer.Option(help="seconds that answers in work may take after SIGTERM", min=0)] = 60.0,
     vllm: Annotated[Optional[str], typer.Option(help="URL of a vLLM server that holds the LLM (x2l export vllm)")] = None,  # noqa: UP045
     weight_bits: WeightBits = None,
 ) -> None:
@@ -221,8 +221,9 @@ def serve(
     try:
         from x2l.serve.server import run
     except ModuleNotFoundError as error:
-        raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]'") from error
+        raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]', in a checkout make web") from error
 
+    console.print(f"loading {model}, then answering at [bold]http://{host}:{port}/v1[/] (Ctrl-C ends)", highlight=False)
     names, origins = tuple(allow_host or ()), tuple(origin or ())
     run(model, host, port, api_keys, names, origins, allow_remote, max_batch, grace, vllm=vllm, weight_bits=weight_bits)
 
@@ -231,7 +232,7 @@ def serve(
 def web(
     model: Model = "tiny",
     host: Annotated[str, typer.Option(help="address to listen at; others than this machine's own need API keys")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+    port: Annotated[int, typer.Option(help="port to listen at", min=0, max=65535)] = 8000,
     api_keys: Annotated[Optional[Path], typer.Option(help="file of API keys, one a line (else $X2L_API_KEYS)")] = None,  # noqa: UP045
     allow_host: AllowHost = None,
     compare: Annotated[Optional[str], typer.Option(help="another model, which answers every question beside the first")] = None,  # noqa: UP045
@@ -250,7 +251,7 @@ def web(
     try:
         from x2l.serve.server import run
     except ModuleNotFoundError as error:
-        raise RunError(f"x2l web needs {error.name}: pip install 'x2l[web]'") from error
+        raise RunError(f"x2l web needs {error.name}: pip install 'x2l[web]', in a checkout make web") from error
 
     console.print(
         f"loading {model}{f' and {compare}' if compare else ''}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)",

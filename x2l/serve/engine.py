@@ -6,6 +6,7 @@ answer in progress (continuous batching). HTTP, web page and scripts share one E
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -26,14 +27,14 @@ from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
-SHARED = 32  # positions that two prompts begin with, from which the second waits for the first one's states
+SHARED = 32  # positions beyond those whose states are known: a prompt that has so many in common with one in work waits for it
 STALLED = 120.0  # seconds without a turn of the loop while there is work, after which the engine counts as dead
 
 
 class Engine:
     """Answers conversations on one model.
 
-    >>> engine = Engine(Assistant.load("tiny"))
+    >>> engine = Engine(Assistant.load("tiny"))  # it closes itself when Python ends
     >>> answer = engine.submit([user(Part("image", path="photo.jpg"), "What is it?")])
     >>> for piece in answer:
     ...     print(piece, end="")
@@ -65,6 +66,7 @@ class Engine:
         self._closed, self._beat = False, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="x2l-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # PyTorch aborts where a thread still computes when Python ends
 
     @property
     def reads(self) -> list[str]:
@@ -102,6 +104,8 @@ class Engine:
         """Decode the media, queue the conversation, and return its answer to be read; blocks for the media alone.
 
         Args:
+            messages: the conversation; its last message is answered.
+            decode: how to answer.
             owner: whoever asks; states of a prompt are reused for the same owner only.
             upto: a media part of the conversation: only what stands before it is computed, for a later call to start from.
 
@@ -134,6 +138,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the thread; open answers end with an error."""
+        atexit.unregister(self.close)
         self._closed = True
         with self._wake:
             self._wake.notify()
@@ -193,7 +198,7 @@ class Engine:
                     self._fail(job, EngineError("the model failed while answering"))
 
     def _reject(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Those of them whose prompts are not complete have failed."""
+        """Fail those of ``jobs`` whose prompts are not complete."""
         if not isinstance(error, RequestError):
             self.stats.errors += 1
             log.error("a prompt failed", exc_info=error)
@@ -236,7 +241,7 @@ class Engine:
     def _gather(self, room: int, looked: bool) -> tuple[list[Job], bool]:
         """Prompts to compute together, in the order in which they came; and ``looked``, or whether an interface had to run.
 
-        None waits for the media of another behind it. A prompt that begins as another one of them does waits for its states; one
+        No prompt waits for the media of one behind it. A prompt that begins as another one of them does waits for its states; one
         that exceeds a chunk is cut where it would be if it came alone.
         """
         chunk, group = self.config.prefill_chunk, list[Job]()
@@ -304,7 +309,7 @@ class Engine:
         """A prompt is complete: its states are kept, and its answer begins."""
         self.stats.prompt_tokens += job.prompt_length
         self.stats.cached_tokens += job.answer.usage.cached
-        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for those that wait, too
+        self._remember(job, [(layer.keys, layer.values) for layer in job.cache.layers], fed=0)  # for prompts that wait, too
         ended = self._append(job, self._choose(job, logits))
         self._filling.remove(job)
         if not ended:
@@ -328,8 +333,8 @@ class Engine:
 
     def _fits(self, job: Job, group: Sequence[Job]) -> bool:
         """Whether the states of a row beside those of ``group``, padded as rows are, stay in bounds; a row alone always fits."""
-        room, others = min(job.limit, self.intake.context - job.prompt_length), [*self._active, *self._ready, *group]
-        longest = max([job.prompt_length + room, *(other.prompt_length + other.limit for other in others)])
+        others = [*self._active, *self._ready, *group]
+        longest = max(min(row.prompt_length + row.limit, self.intake.context) for row in (job, *others))
         return not others or (len(others) + 1) * longest * self._caches.bytes_per_position <= self.config.kv_bytes
 
     def _recall(self, job: Job) -> None:
@@ -342,7 +347,7 @@ class Engine:
     def _step(self) -> None:
         logits = self._lanes.step([job.ids[-1] for job in self._active])
         self.stats.steps += 1
-        greedy = logits.float().argmax(-1).tolist()  # in bfloat16 it takes twice as long
+        greedy = logits.float().argmax(-1).tolist()  # in bfloat16 argmax takes twice as long
         staying = []
         for i, job in enumerate(self._active):
             token = greedy[i] if job.decode.temperature == 0 else self._choose(job, logits[i : i + 1])

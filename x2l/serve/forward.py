@@ -1,11 +1,11 @@
 """The LLM's forward pass as the engine calls it: embeddings in, the last position's logits out, states in a cache.
 
 Hugging Face's layers spend more time around the products of one row than in them: eighty small operations a layer, and Python
-between them. LLMs like LLaMA run here in about half of these, on weights that are laid out for few rows (packed.py); without
-fewer bits the results differ by no more than the order of sums. Others run as they are.
+between them. LLMs like LLaMA run here in about half of these, on weights that are laid out for few rows (packed.py); with
+16 bits a weight or more the results differ by no more than the order of sums. Others run as they are.
 
-Shape letters: B rows, L new positions, S positions with those in the cache, D width, H heads, d width of a head, V vocabulary,
-P prompts.
+Shape letters: B rows, L new positions, S positions with those in the cache, D width, H heads, K heads of keys and
+values, d width of a head, V vocabulary, P prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
     embeds_BLD: Tensor  # B = 1
     positions_BL: Tensor
-    cache: Any  # of those before; keys and values of the new ones are added, in place
+    cache: Any  # states of the positions before; those of the new ones are added, in place
 
 
 class Forward(Protocol):
@@ -40,7 +40,7 @@ class Forward(Protocol):
     def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
         """Logits (B, V) behind the last position; keys and values are added to ``cache``, in place.
 
-        Each position sees itself and those before it. ``visible_BS``, for L = 1 alone: which of them a row sees (padding: False).
+        Each position sees itself and those before it. ``visible_BS``, for L = 1 alone: which positions a row sees (padding: False).
         """
         ...
 
@@ -57,7 +57,7 @@ def forward_of(llm: Any, packed_bytes: int = 0, weight_bits: int = 16) -> Forwar
         packed_bytes, weight_bits: as for `pack`.
 
     Raises:
-        ValueError: no weights of 4 or 8 bits for this LLM, processor or in this much memory.
+        ValueError: weights of 4 or 8 bits are asked for, but not for this LLM, on this processor or in this much memory.
     """
     other = _unlike_llama(llm)
     if not other:
@@ -100,7 +100,8 @@ class Norm:
 
     def __init__(self, weight: Tensor, eps: float):
         self.weight = weight
-        self.eps, self.size = (torch.tensor(float(x), device=weight.device) for x in (eps, weight.shape[-1]))  # a number costs more
+        # Tensors, since numbers are made into tensors at each call.
+        self.eps, self.size = (torch.tensor(float(x), device=weight.device) for x in (eps, weight.shape[-1]))
 
     def __call__(self, x: Tensor) -> Tensor:
         exact = x.float()
@@ -129,7 +130,7 @@ class Llama:
         self.rotary, self.width = decoder.rotary_emb, attention.head_dim
         self.num_q, self.num_k, _ = (layer.out_features // self.width for layer in _qkv(attention))
         *products, self.head = pack(linears(llm), packed_bytes, weight_bits)
-        fours = zip(*[iter(products)] * 4, strict=True)
+        fours = zip(*(products[i::4] for i in range(4)), strict=True)
         norm = partial(Norm, eps=llm.config.rms_norm_eps)
         self.norm = norm(decoder.norm.weight)
         self.blocks = [
@@ -189,7 +190,7 @@ class Llama:
             qk = heads[:, :num_qk]
             if block.qk_norm is not None:
                 qk = block.qk_norm(qk)
-            qk = qk * cos + qk.roll(self.width // 2, -1) * sin
+            qk = qk * cos + qk.roll(self.width // 2, -1) * sin  # transformers' rotate_half: the signs are in sin
             read = attend(i, *qk.split((self.num_q, self.num_k), 1), heads[:, num_qk:])
             x = x + block.out(read.transpose(1, 2).reshape(num_rows * length, -1))
             gate, up = block.gate_up(block.ffn_norm(x)).chunk(2, -1)
@@ -207,7 +208,7 @@ class Llama:
 
 
 def _mask(length: int, past: int, visible_BS: Tensor | None, device: torch.device) -> Tensor | None:
-    """What ``length`` new positions see of ``past`` ones and themselves: True; None: all up to each."""
+    """True where a new position sees one of the ``past`` and the new ones; None: each new one sees all up to itself."""
     if visible_BS is not None:
         assert length == 1
         return visible_BS[:, None, None]

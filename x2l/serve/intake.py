@@ -43,6 +43,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.weight_bits not in (16, 8, 4):
             raise ValueError(f"weight bits must be 16, 8 or 4, got {self.weight_bits}")
+        for name, least in {"max_batch": 1, "max_queue": 0, "max_new_tokens": 1, "prefill_chunk": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
 
 @dataclass

@@ -167,7 +167,7 @@ def run(
     8 or 4: bfloat16, but fewer bits for one to four answers at a time.
 
     Raises:
-        ValueError: a public address without API keys, ``*`` among the origins, a model that cannot be loaded, or
+        ValueError: a public address without API keys, an origin that is none or ``*``, a model that cannot be loaded, or
             ``weight_bits`` with ``vllm``, other than these, or fewer than 16 on a processor that has no such products.
     """
     keys = read_keys(keys_file)
@@ -175,6 +175,9 @@ def run(
         raise ValueError(f"--host {host} is open to others: set X2L_API_KEYS or --api-keys FILE, or use --host 127.0.0.1")
     if "*" in origins:
         raise ValueError("--origin * would let every web page use this server: name the origins")
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/?#@\s]+", origin):
+            raise ValueError(f"--origin {origin!r} is no origin: give scheme and host, such as https://chat.example")
     if weight_bits is not None and weight_bits not in BITS:
         raise ValueError(f"--weight-bits must be one of {', '.join(map(str, BITS))}, got {weight_bits}")
     if weight_bits is not None and vllm is not None:
