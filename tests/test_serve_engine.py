@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -180,6 +182,26 @@ def test_a_full_queue_refuses_and_recovers(model: Assistant) -> None:
         engine.close()
     with pytest.raises(EngineError, match="stopped"):
         engine.submit([user("d")])
+
+
+def test_an_engine_that_nobody_closes_closes_itself(llm_folder: Path) -> None:
+    """While it computes; PyTorch would abort the process."""
+    program = f"""
+from pathlib import Path
+from conftest import tiny_model
+from x2l.assistant import Assistant
+from x2l.build import build
+from x2l.config import ModelConfig
+from x2l.serve.answer import Decode
+from x2l.serve.engine import Engine
+from x2l.types import user
+engine = Engine(Assistant(build(ModelConfig.model_validate(tiny_model(Path({str(llm_folder)!r}))))))
+engine.stops = set()
+answer = engine.submit([user("Tell me")], Decode(900))
+print(len(next(iter(answer))) > 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
 
 
 def test_bounds_that_let_nothing_through_are_refused() -> None:

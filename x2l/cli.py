@@ -192,6 +192,10 @@ def info(
     show(tell(recipe, overrides or [], text, seconds), console)
 
 
+def _url(host: str, port: int) -> str:
+    return escape(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+
 @app.command()
 def serve(
     model: Model = "tiny",
@@ -223,7 +227,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise RunError(f"x2l serve needs {error.name}: pip install 'x2l[serve]', in a checkout make web") from error
 
-    console.print(f"loading {model}, then answering at [bold]http://{host}:{port}/v1[/] (Ctrl-C ends)", highlight=False)
+    console.print(f"loading {model}, then answering at [bold]{_url(host, port)}/v1[/] (Ctrl-C ends)", highlight=False)
     names, origins = tuple(allow_host or ()), tuple(origin or ())
     run(model, host, port, api_keys, names, origins, allow_remote, max_batch, grace, vllm=vllm, weight_bits=weight_bits)
 
@@ -254,7 +258,7 @@ def web(
         raise RunError(f"x2l web needs {error.name}: pip install 'x2l[web]', in a checkout make web") from error
 
     console.print(
-        f"loading {model}{f' and {compare}' if compare else ''}, then open [bold]http://{host}:{port}/[/] (Ctrl-C ends)",
+        f"loading {model}{f' and {compare}' if compare else ''}, then open [bold]{_url(host, port)}/[/] (Ctrl-C ends)",
         highlight=False,
     )
     run(model, host, port, api_keys, tuple(allow_host or ()), page=True, compare=compare, weight_bits=weight_bits)

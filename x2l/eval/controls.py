@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import wave
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,12 +26,12 @@ def derangement(groups: Sequence[str], seed: int) -> list[int]:
     Raises:
         ValueError: one group holds more than half of all positions, so none exists.
     """
-    size = len(groups)
-    largest = max((groups.count(group) for group in set(groups)), default=0)
+    size, counts = len(groups), Counter(groups)
+    name, largest = counts.most_common(1)[0] if groups else ("", 0)
     if size < 2 or 2 * largest > size:
-        raise ValueError(f"{largest} of {size} samples are alike in what is to be exchanged: at most half may be")
+        raise ValueError(f"{largest} of {size} samples are alike in what is to be exchanged ({name[:80]!r}): at most half may be")
     generator = np.random.default_rng(seed)
-    names = sorted(set(groups))
+    names = sorted(counts)
     rank = dict(zip(names, generator.permutation(len(names)).tolist(), strict=True))
     # Equal groups stand together; a rotation by the largest group's size leaves none in its own group.
     ranked = sorted(generator.permutation(size).tolist(), key=lambda i: rank[groups[i]])

@@ -79,8 +79,8 @@ class Words:
     def posterior(self, x: Tensor) -> tuple[Tensor, Any]:
         """What the decoder's last states (N, U, C) say: probabilities (N, U, K), float32, of K words, and the index of these.
 
-        On a CPU they are the words that some place takes for no less than `NEGLIGIBLE` times as likely as its likeliest: a few
-        hundred of tiny's 33,182. Elsewhere all.
+        On a CPU they are the words that some place takes for no less than `NEGLIGIBLE` times as likely as its likeliest, and some
+        that are near that. Elsewhere all.
 
         Raises:
             ValueError: ``table`` holds other tokens, or cannot be had.
@@ -97,7 +97,7 @@ class Words:
 
     @torch.no_grad()
     def _likely(self, x: Tensor) -> Any:
-        """The index of all words that `posterior` may not leave out, few others, from scores in bfloat16 where these are faster."""
+        """The index of the words that `posterior` keeps, found by scores in bfloat16 where these are faster."""
         if x.device.type != "cpu" or not x.numel():
             return slice(None)
         if self._rounded is None:

@@ -157,7 +157,7 @@ class Engine:
             with self._wake:
                 self._closed = True
             for job in [*self._active, *self._ready, *self._waiting, *self._filling]:
-                self._fail(job, EngineError("the engine has stopped"))
+                self._end(job, EngineError("the engine has stopped"))
 
     def _await_work(self) -> bool:
         with self._wake:
@@ -195,7 +195,7 @@ class Engine:
             log.exception("a decode step failed; %d answers are lost", len(lost))
             for job in lost:
                 if not job.answer.finish_reason:  # its last token may have come before the failure
-                    self._fail(job, EngineError("the model failed while answering"))
+                    self._end(job, EngineError("the model failed while answering"))
 
     def _reject(self, jobs: Sequence[Job], error: Exception) -> None:
         """Fail those of ``jobs`` whose prompts are not complete."""
@@ -206,7 +206,7 @@ class Engine:
         failed = [job for job in self._filling if job in jobs]
         self._filling = [job for job in self._filling if job not in jobs]
         for job in failed:
-            self._fail(job, error)
+            self._end(job, error)
 
     def _drop(self) -> None:
         """Let go of what nobody waits for any more."""
@@ -224,7 +224,7 @@ class Engine:
                 self.stats.cancelled += 1
                 self._finish(job, "cancelled")
             else:
-                self._fail(job, Timeout(f"the request took longer than {self.config.request_seconds:g} s"))
+                self._end(job, Timeout(f"the request took longer than {self.config.request_seconds:g} s"))
 
     def _fill(self) -> None:
         """Compute waiting prompts, a chunk of positions in all; those that are complete become ready.
@@ -396,9 +396,6 @@ class Engine:
     def _finish(self, job: Job, reason: str) -> None:
         job.answer.finish_reason = reason
         self._end(job, None)
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        self._end(job, error)
 
     def _end(self, job: Job, last: Exception | None) -> None:
         with self._wake:

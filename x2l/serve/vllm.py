@@ -243,7 +243,7 @@ class VllmEngine(Engine):
             if job in self._calls and not self._closed:
                 self.stats.errors += not isinstance(error, Busy)
                 self._leave(job)
-                self._fail(job, error)
+                self._end(job, error)
 
     def _take(self, job: Job, ids: list[int]) -> bool:
         """Add tokens to an answer; True when it has ended, or nobody waits for it any more."""
