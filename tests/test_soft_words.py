@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from safetensors.torch import save_file
+from torch import nn
 
+from x2l.build import initialise
 from x2l.modalities.soft_words import NEGLIGIBLE, SoftWords, Words
 from x2l.modalities.speech import interface
 from x2l.types import Features
@@ -148,3 +150,30 @@ def test_a_table_of_other_tokens_is_refused(started: Any) -> None:
 def test_half_an_interface_is_refused(args: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         interface(8, 12, 0.1, LISTENER, **args)
+
+
+def speech(llm_width: int, **sizes: Any) -> nn.Sequential:
+    layers = interface(8, llm_width, 1.0, LISTENER, READER | sizes, {"vocabulary": LETTERS})
+    for parameter in nn.Sequential(*layers).parameters():
+        nn.init.normal_(parameter)
+    return nn.Sequential(*layers)
+
+
+def test_an_interface_starts_before_another_llm(tmp_path: Path) -> None:
+    """What hears is taken; what speaks to the LLM are its own words alone."""
+    path = tmp_path / "speech.safetensors"
+    trained, other = speech(12), nn.Sequential(*interface(8, 20, 1.0, LISTENER, READER, {"vocabulary": LETTERS}))
+    save_file(trained.state_dict(), path)
+    initialise(other, f"speech:{path}")
+    for name, tensor in trained[:2].state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    assert {name: float(tensor.abs().max()) for name, tensor in other[2].state_dict().items()} == {
+        "linear.weight": 0.0,
+        "linear.bias": 0.0,
+    }
+    with pytest.raises(ValueError, match=r"FrozenListener and Reader of these sizes.*ffn_in"):
+        initialise(speech(20, ffn_width=24), f"speech:{path}")
+    with pytest.raises(ValueError, match="soft words"):
+        initialise(nn.Sequential(*interface(8, 20, 1.0, LISTENER, width=8, depth=1, heads=2)), f"speech:{path}")
+    with pytest.raises(ValueError, match="does not fit"):
+        initialise(other, str(path))

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import torch
+import yaml
 from conftest import picture, tiny_model
 from serving import check_error, image_part, is_idle, running
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
@@ -393,6 +394,16 @@ def test_the_table_alone_is_no_llm(exported: Path) -> None:
         load_llm("table")
     with pytest.raises(ValueError, match="not an empty folder"):
         export_vllm("tiny", [], exported)
+
+
+def test_an_interface_that_starts_from_another_llm_s_is_exported_as_one(llm_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "speech.safetensors").write_bytes(b"weights")
+    speech = {"encoder": {"name": "moonshine"}, "weights": f"speech:{tmp_path}/speech.safetensors"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_model(llm_folder, speech=speech)))
+    export_vllm(str(tmp_path / "recipe.yaml"), [], tmp_path / "out")
+    recipe = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())
+    assert recipe["modalities"]["speech"]["weights"] == "speech:interfaces/speech.safetensors"
+    assert (tmp_path / "out" / "interfaces" / "speech.safetensors").read_bytes() == b"weights"
 
 
 def test_tables_are_found_under_the_names_of_published_files(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from x2l.build import Built, build
+from x2l.build import Built, build, split_importer
 from x2l.checkpoint import sha256
 from x2l.config import digest, load_model_config
 from x2l.data.collate import Collator, raw
@@ -131,7 +131,7 @@ class Assistant:
         parts = {name: part for name, part in self.config.modalities.items() if reads is None or name in reads}
         return {
             "checkpoint": digest(self.config.model_copy(update={"modalities": parts})),
-            "interfaces": {name: sha256(resolve(part.weights)) for name, part in parts.items() if part.weights},
+            "interfaces": {name: sha256(resolve(split_importer(part.weights)[1])) for name, part in parts.items() if part.weights},
             "device": str(self.model.device),
             "dtype": str(self.model.llm.dtype),
         }

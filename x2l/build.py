@@ -29,6 +29,7 @@ from x2l.interfaces.qformer import import_blip2
 from x2l.llm import load_llm, load_table, sketch_llm
 from x2l.modalities import MODALITIES, Kind
 from x2l.modalities.reader import import_decoder
+from x2l.modalities.soft_words import SoftWords
 from x2l.modalities.video import import_image
 from x2l.modality import Modality, Processor
 from x2l.model import XLLM
@@ -77,7 +78,7 @@ def build(
     for name, part in config.modalities.items():
         model.modalities[name].connect(lambda: llm.get_input_embeddings().weight, tokenizer)  # type: ignore[operator]
         if part.weights and name not in fresh:
-            load_strict(model.modalities[name].get_submodule("interface"), resolve(part.weights))
+            initialise(model.modalities[name].get_submodule("interface"), part.weights)
     model = model.to(default_device()).eval()
     decoders = {name: _decoder(name, part) for name, part in config.modalities.items()}
     decode = {name: part.decode for name, part in config.modalities.items()}
@@ -174,14 +175,34 @@ def import_first(state: dict[str, Tensor], module: nn.Module) -> list[str]:
     Raises:
         ValueError: a tensor is missing, extra, or of another shape; the message names it.
     """
-    given = {name.removeprefix("0."): tensor for name, tensor in state.items() if name.startswith("0.")}
+    _fit(module, {name.removeprefix("0."): tensor for name, tensor in state.items() if name.startswith("0.")})
+    return sorted(name for name in state if not name.startswith("0."))
+
+
+def import_speech(state: dict[str, Tensor], interface: nn.Sequential) -> list[str]:
+    """Start a speech interface from that of another LLM, where both write in soft words: the listener and the C-Former are taken.
+
+    The S-Adapter needs no training to be read: its words are this LLM's own, and the linear layer beside them is zero.
+
+    Returns:
+        What of ``state`` was not used: the other LLM's S-Adapter.
+
+    Raises:
+        ValueError: this interface has no soft words, or a tensor is missing, extra, or of another shape; the message names it.
+    """
+    if not isinstance(interface[-1], SoftWords):
+        raise ValueError("only a speech interface with soft words (reader and words) starts from another LLM's")
+    _fit(interface[:2], {name: tensor for name, tensor in state.items() if name.startswith(("0.", "1."))})
+    return sorted(name for name in state if not name.startswith(("0.", "1.")))
+
+
+def _fit(module: nn.Module, given: dict[str, Tensor]) -> None:
     shapes, others = ({name: tensor.shape for name, tensor in each.items()} for each in (module.state_dict(), given))
     if differ := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
-        raise ValueError(
-            f"does not begin with a {type(module).__name__} of these sizes; missing, extra or of another shape: {differ[:8]}"
-        )
+        parts = module if isinstance(module, nn.Sequential) else [module]
+        names = " and ".join(type(part).__name__ for part in parts)
+        raise ValueError(f"does not begin with a {names} of these sizes; missing, extra or of another shape: {differ[:8]}")
     module.load_state_dict(given)
-    return sorted(name for name in state if not name.startswith("0."))
 
 
 IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {
@@ -191,7 +212,14 @@ IMPORTERS: dict[str, Callable[[dict[str, Tensor], Any], list[str]]] = {
     "image": import_image,
     "qformer": import_first,
     "listener": import_first,
+    "speech": import_speech,
 }
+
+
+def split_importer(source: str) -> tuple[str, str]:
+    """The importer of a source, with its colon, or nothing; and the spec."""
+    importer, colon, spec = source.partition(":")
+    return (importer + colon, spec) if importer in IMPORTERS else ("", source)
 
 
 def initialise(module: nn.Module, source: str) -> None:
@@ -200,14 +228,14 @@ def initialise(module: nn.Module, source: str) -> None:
     Raises:
         ValueError: what the module owns is missing from the source, or has another shape.
     """
-    importer, _, spec = source.partition(":")
-    if importer not in IMPORTERS:
-        load_strict(module, resolve(source))
-        return
+    importer, spec = split_importer(source)
     path = resolve(spec)
+    if not importer:
+        load_strict(module, path)
+        return
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    unused = IMPORTERS[importer](state, module)
+    unused = IMPORTERS[importer[:-1]](state, module)
     log.info("%s: %d tensors taken, %d of the source not used", source, len(state) - len(unused), len(unused))
 
 

@@ -52,7 +52,7 @@ class ModalityConfig(Strict):
     encoder: Component
     decode: dict[str, Any] = Field(default_factory=dict)  # options of the decoder (data/views.py), such as num_frames of video
     interface: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None  # safetensors of the trained interface: x2l:file ships with the package, else a spec
+    weights: str | None = None  # of the trained interface, a source as in init; x2l:file ships with the package
 
 
 class ModelConfig(Strict):

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save
 
+from x2l.build import split_importer
 from x2l.config import load_model_config
 from x2l.llm import llm_folder, read_table
 from x2l.weights import HUB_FILES, resolve
@@ -60,8 +61,9 @@ def export_vllm(model: str, overrides: Sequence[str], out: Path) -> str:
     modalities = {}
     for name, part in config.modalities.items():
         if part.weights:
-            shutil.copyfile(resolve(part.weights), out / "interfaces" / f"{name}.safetensors")
-            part = part.model_copy(update={"weights": f"interfaces/{name}.safetensors"})
+            importer, spec = split_importer(part.weights)
+            shutil.copyfile(resolve(spec), out / "interfaces" / f"{name}.safetensors")
+            part = part.model_copy(update={"weights": f"{importer}interfaces/{name}.safetensors"})
         modalities[name] = part
     llm = config.llm.model_copy(update={"spec": "table", "sha256": None})
     recipe = config.model_copy(update={"llm": llm, "modalities": modalities})
