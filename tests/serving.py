@@ -19,14 +19,25 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx2 as httpx
+import torch
 import yaml
+from conftest import tiny_model
+from safetensors.torch import save_file
+from transformers import MoonshineConfig
+from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder as Moonshine
 
 from x2l.assistant import Assistant
+from x2l.build import build
+from x2l.config import ModelConfig
+from x2l.data.media import decode_audio
+from x2l.modalities.hearing import Hearing
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.decoders import DecoderPool
 from x2l.serve.engine import Engine
 from x2l.serve.intake import EngineConfig
 from x2l.serve.server import Server
+from x2l.types import Features, Part, user
+from x2l.vocabulary import Vocabulary
 
 SPEECH = {
     "encoder": {"name": "conformer", "num_mels": 8, "channels": 2, "width": 16, "ffn_width": 16, "num_heads": 2, "kernel": 3,
@@ -176,3 +187,42 @@ def check_error(status: int, body: bytes) -> str:
         assert leak not in error["message"], error
     assert 400 <= status < 600
     return str(error["message"])
+
+
+LETTERS = "[ a-z']"
+
+
+def settling_model(llm_folder: Path, folder: Path, **more: Any) -> Assistant:
+    """A model whose speech can be settled: a random Moonshine, a small listener and reader, soft words; ``more`` of its recipe."""
+    torch.manual_seed(0)
+    save_file(Moonshine(MoonshineConfig()).state_dict(), folder / "encoder.safetensors")
+    plain = Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder))))
+    num_tokens = len(Vocabulary.of(plain.tokenizer, LETTERS).token_ids)
+    save_file({"embedding.weight": torch.randn(num_tokens + 1, 16)}, folder / "decoder.safetensors")
+    speech = {
+        "encoder": {"name": "moonshine", "weights": str(folder / "encoder.safetensors")},
+        "interface": {
+            "listener": {"width": 16, "num_heads": 2, "kernel": 3, "parts": 2, "rate": 0.2, "num_blocks": 2},
+            "reader": {"ffn_width": 16, "num_heads": 2, "num_blocks": 2},
+            # All words are heard a little, so that no difference hides behind the same likeliest one.
+            "words": {"vocabulary": LETTERS, "table": str(folder / "decoder.safetensors"), "temperature": 3.0},
+        },
+    }
+    return Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder, speech=speech) | more)))
+
+
+def everything(hearing: Hearing, wave: torch.Tensor) -> torch.Tensor:
+    """All embeddings of a recording that is settled as it comes."""
+    settled, rest = hearing.read(wave)
+    return torch.cat([*settled, rest])
+
+
+def settled_answer(model: Assistant, sound: bytes, lookahead: float, tokens: int, *after: str) -> str:
+    """What the model says offline to a file, and what stands after it, where its speech interface reads as `Hearing` does."""
+    modality: Any = model.model.modalities["speech"]
+    embeds = everything(Hearing(modality, lookahead), torch.from_numpy(decode_audio(sound)))
+    modality.forward = lambda media: Features(embeds[None], torch.tensor([len(embeds)]))
+    try:
+        return "".join(model.stream([user(Part("speech", bytes=sound), *after)], tokens))
+    finally:
+        del modality.forward

@@ -100,7 +100,7 @@ def test_the_answer_is_that_to_the_recorded_file(server: Running, model: Assista
     pcm = spoken(*seconds, seed=len(seconds))
     with connect(ticket(server)) as socket:
         frames = speak(socket, pcm)
-    kept = frames[0]["clips"][0][1]
+    kept = frames[0]["samples"]
     tail = seconds[-1] if len(seconds) % 2 == 0 else 0.0
     assert kept == len(pcm) // 2 - max(0, int(tail * RATE) - TAIL)
     assert text_of(frames) == offline(model, user(Part("speech", bytes=wav(pcm[: 2 * kept]))))
@@ -120,7 +120,7 @@ def test_an_answer_begun_in_a_pause_is_given_or_dropped(server: Running, model: 
                 time.sleep(0.01)
             assert server.engine.stats.requests == requests + 1, "the pause has begun an answer"
             frames = speak(socket, more)
-        assert text_of(frames) == offline(model, user(Part("speech", bytes=wav(pcm[: 2 * frames[0]["clips"][0][1]]))))
+        assert text_of(frames) == offline(model, user(Part("speech", bytes=wav(pcm[: 2 * frames[0]["samples"]]))))
     assert server.metric('x2l_voice_first_token_seconds_count{ahead="true"}') == before + 1
     assert is_idle(server.engine)
 
@@ -132,7 +132,7 @@ def test_chunks_of_any_size_give_the_same(server: Running, end_silence: float | 
     for size in (642, 10_000, 60_000):
         with connect(ticket(server, end_silence=end_silence)) as socket:
             frames = speak(socket, pcm, size, end=end_silence is None)
-        answers.append((frames[0]["clips"][0][1], text_of(frames)))
+        answers.append((frames[0]["samples"], text_of(frames)))
     assert answers[0] == answers[1] == answers[2]
     assert answers[0][0] == (int(1.3 * RATE) + TAIL if end_silence else len(pcm) // 2)
 
@@ -141,28 +141,8 @@ def test_silence_ends_the_speech_where_that_is_asked_for(server: Running, model:
     pcm = spoken(0.5, 0.4, 0.5, 2.0, seed=2)
     with connect(ticket(server, end_silence=0.6)) as socket:
         frames = speak(socket, pcm, end=False)
-    assert frames[0]["clips"][0][1] == int(1.4 * RATE) + TAIL
-    assert text_of(frames) == offline(model, user(Part("speech", bytes=wav(pcm[: 2 * frames[0]["clips"][0][1]]))))
-
-
-def test_phrases_are_recordings_of_their_own(server: Running, model: Assistant) -> None:
-    """The answer is that to the phrases' files, however they are sent and whatever time the server has in between."""
-    pcm = spoken(0.5, 0.6, 0.8, 0.3, 0.4, 1.0, 0.6, 0.1, seed=12)
-    clips = [(0, 0.7), (0.9, 2.8), (3.4, 4.3)]
-    answers = []
-    for size, wait in ((60_000, 0.0), (6400, 0.05)):
-        with connect(ticket(server, phrases=True)) as socket:
-            for at in range(0, len(pcm), size):
-                socket.send(pcm[at : at + size])
-                time.sleep(wait)
-            socket.send('{"type": "end"}')
-            frames = received(socket)
-        answers.append(text_of(frames))
-        assert frames[0]["clips"] == [[round(a * RATE), round(b * RATE)] for a, b in clips]
-    files = [Part("speech", bytes=wav(pcm[2 * a : 2 * b])) for a, b in frames[0]["clips"]]
-    assert answers == [offline(model, user(*files))] * 2
-    details = frames[-1]["usage"]["prompt_tokens_details"]
-    assert details["cached_tokens"] > details["audio_tokens"] // 2, "the LLM has read earlier phrases already"
+    assert frames[0]["samples"] == int(1.4 * RATE) + TAIL
+    assert text_of(frames) == offline(model, user(Part("speech", bytes=wav(pcm[: 2 * frames[0]["samples"]]))))
 
 
 def test_photos_earlier_turns_and_what_stands_around_the_voice(server: Running, model: Assistant) -> None:
@@ -367,6 +347,15 @@ def test_conversations_that_are_refused(server: Running, messages: Any) -> None:
     answer = server.http.post("/v1/voice", json={"model": "x2l", "messages": messages})
     assert answer.status_code == 400, answer.text
     check_error(400, answer.content)
+
+
+@pytest.mark.parametrize("lookahead", [0.4, 11, -1, "1s", 1.0])
+def test_a_lookahead_out_of_bounds_or_that_the_model_cannot_do(server: Running, lookahead: Any) -> None:
+    body = {"model": "x2l", "messages": [{"role": "user", "content": [VOICE]}], "lookahead": lookahead}
+    answer = server.http.post("/v1/voice", json=body)
+    assert answer.status_code == 400
+    message = check_error(400, answer.content)
+    assert ("reads whole recordings only" if lookahead == 1.0 else "lookahead") in message
 
 
 def test_a_voice_is_no_part_of_other_requests(server: Running) -> None:

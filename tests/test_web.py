@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from serving import IMAGE, KEY, SPEECH, Running, check_error, running
+from serving import IMAGE, KEY, SPEECH, Running, check_error, running, settled_answer, settling_model
 
 from x2l.assistant import Assistant
 from x2l.build import build
@@ -32,7 +32,7 @@ from x2l.serve.app import ServerConfig
 from x2l.serve.engine import Engine
 from x2l.serve.intake import EngineConfig
 from x2l.serve.server import served_names
-from x2l.serve.web import CHINESE, add_page, knows_chinese
+from x2l.serve.web import CHINESE, LOOKAHEAD, add_page, knows_chinese
 from x2l.types import Part, assistant, user
 
 PAGE = Path(__file__).parents[1] / "x2l" / "serve" / "page"
@@ -93,7 +93,7 @@ def test_the_page_is_open_and_the_model_is_not(site: Running) -> None:
     assert site.http.get("/page/model", headers=strangers).status_code == 401
     facts = site.http.get("/page/model").json()
     reads = {"image": "patches → QFormer → Adapter", "speech": "conformer → FrozenListener → CFormer → Adapter"}
-    assert facts["models"] == [{"model": "x2l", "reads": reads, "chinese": False}]
+    assert facts["models"] == [{"model": "x2l", "reads": reads, "lookahead": None, "chinese": False}]
     assert facts["max_new_tokens"] == 400
 
 
@@ -424,6 +424,26 @@ def test_the_microphone(tab: Any, site: Running, model: Assistant) -> None:
     expect(tab.locator("#record")).to_have_attribute("aria-pressed", "false")
     expect(tab.locator("#clock")).to_be_hidden()
     expect(tab.locator("article.user")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_the_microphone_of_a_model_that_settles(chromium: Any, llm_folder: Path, tmp_path: Path) -> None:
+    """The page asks for it; the answer is that to what was settled while the person spoke."""
+    model = settling_model(llm_folder, tmp_path)
+    with running(model, EngineConfig(max_new_tokens=400)) as up:
+        add_page(up.server.gate, {"x2l": up.engine}, ServerConfig(api_keys=[KEY]))
+        with visitor(chromium, up.url) as tab:
+            tab.fill("#question", "Well?")
+            with tab.expect_request("**/v1/voice") as begun:
+                record(tab, 4)
+            assert begun.value.post_data_json["lookahead"] == LOOKAHEAD
+            tab.click("#record")
+            answer = said(answered(tab))
+            with tab.expect_request("**/v1/chat/completions") as request:
+                ask(tab, "And now?")
+            (sound,) = sent_sounds(request.value.post_data_json)
+        assert up.metric("x2l_voice_first_token_seconds_count") == 1
+        assert answer == settled_answer(model, sound, LOOKAHEAD, 256, "Well?")
 
 
 @pytest.mark.slow

@@ -78,6 +78,8 @@ def build(
     for name, part in config.modalities.items():
         model.modalities[name].connect(lambda: llm.get_input_embeddings().weight, tokenizer)  # type: ignore[operator]
         if part.weights and name not in fresh:
+            if resolve(split_importer(part.weights)[1]).is_dir():
+                raise ValueError(f"modalities.{name}.weights: {part.weights} is a folder, name a safetensors file in it")
             initialise(model.modalities[name].get_submodule("interface"), part.weights)
     model = model.to(default_device()).eval()
     decoders = {name: _decoder(name, part) for name, part in config.modalities.items()}
@@ -182,7 +184,7 @@ def import_first(state: dict[str, Tensor], module: nn.Module) -> list[str]:
 def import_speech(state: dict[str, Tensor], interface: nn.Sequential) -> list[str]:
     """Start a speech interface from that of another LLM, where both write in soft words: the listener and the C-Former are taken.
 
-    The S-Adapter needs no training to be read: its words are this LLM's own, and the linear layer beside them is zero.
+    The S-Adapter needs no training to be read: its words are this LLM's own, and the linear layer beside them becomes zero.
 
     Returns:
         What of ``state`` was not used: the other LLM's S-Adapter.
@@ -190,9 +192,12 @@ def import_speech(state: dict[str, Tensor], interface: nn.Sequential) -> list[st
     Raises:
         ValueError: this interface has no soft words, or a tensor is missing, extra, or of another shape; the message names it.
     """
-    if not isinstance(interface[-1], SoftWords):
+    adapter = interface[-1]
+    if not isinstance(adapter, SoftWords):
         raise ValueError("only a speech interface with soft words (reader and words) starts from another LLM's")
     _fit(interface[:2], {name: tensor for name, tensor in state.items() if name.startswith(("0.", "1."))})
+    for parameter in adapter.linear.parameters():
+        nn.init.zeros_(parameter)
     return sorted(name for name in state if not name.startswith(("0.", "1.")))
 
 

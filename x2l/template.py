@@ -30,8 +30,8 @@ class Row(NamedTuple):
     def text_length(self) -> int:
         return sum(i >= 0 for i in self.ids)
 
-    def upto(self, part: Part) -> Row:
-        """What stands before one of the media, given as the same object.
+    def upto(self, part: Part, and_it: bool = False) -> Row:
+        """What stands before one of the media, given as the same object; and this one, if so asked.
 
         Raises:
             ValueError: nothing does.
@@ -40,6 +40,7 @@ class Row(NamedTuple):
         place = [at for at, i in enumerate(self.ids) if i < 0][number]
         if not place:
             raise ValueError(f"nothing stands before the {part.type}")
+        place, number = place + and_it, number + and_it
         return Row(self.ids[:place], self.labels[:place], self.media[:number])
 
 

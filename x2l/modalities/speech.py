@@ -19,6 +19,7 @@ from x2l.interfaces.cformer import CFormer
 from x2l.interfaces.cif import CIF, CIFOutput
 from x2l.modalities.reader import Reader
 from x2l.modalities.soft_words import SoftWords, Words
+from x2l.past import Past
 from x2l.types import Features
 
 
@@ -58,8 +59,11 @@ class Listener(nn.Module):
         self.cif = CIF(width, dropout=dropout)
         nn.init.constant_(self.cif.fc.bias, math.log(rate * parts / (1 - rate * parts)))
 
-    def frames(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,)."""
+    def frames(self, features: Features, past: Past | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,).
+
+        With a ``past`` the features have no padding and go on after it: after ``stride`` frames for each of its places.
+        """
         mask = valid_frames(features.lengths, features.x.shape[1])
         x = self.project(features.x) * mask[..., None]
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride)).unflatten(1, (-1, self.stride))
@@ -68,7 +72,7 @@ class Listener(nn.Module):
         lengths = (features.lengths + self.stride - 1) // self.stride
         mask, hidden = valid_frames(lengths, x.shape[1]), x
         for block in self.blocks:
-            hidden = block(hidden, mask)
+            hidden = block(hidden, mask, past)
         hidden = hidden * mask[..., None]
         return hidden, x + self.residual(hidden), lengths
 
@@ -91,14 +95,20 @@ def grouped(fired: CIFOutput, parts: int) -> CIFOutput:
     """``parts`` fires to a token: (N, M, C) -> (N, M / parts, parts * C); the last token may lack less than half of it."""
     if parts == 1:
         return fired
-    lengths = (fired.lengths + parts // 2) // parts
-    num_tokens = int(lengths.max()) if len(lengths) else 0
-    x = F.pad(fired.x, (0, 0, 0, num_tokens * parts - fired.x.shape[1]))
-    x = x * valid_frames(lengths * parts, x.shape[1])[..., None]
+    x, lengths = side_by_side(Features(fired.x, fired.lengths), parts)
+    num_tokens = x.shape[1]
     last = (torch.arange(1, num_tokens + 1, device=x.device) * parts).minimum(fired.lengths[:, None]) - 1
     times = fired.fire_times.gather(1, last.clamp_min(0)) * valid_frames(lengths, num_tokens)
-    x = x.unflatten(1, (num_tokens, parts)).flatten(2)
     return CIFOutput(x, lengths, times, fired.quantity / parts, fired.edges / parts)
+
+
+def side_by_side(fires: Features, parts: int) -> Features:
+    """(N, M, C) -> (N, M / parts, parts * C); the last token may lack less than half of it."""
+    lengths = (fires.lengths + parts // 2) // parts
+    num_tokens = int(lengths.max()) if len(lengths) else 0
+    x = F.pad(fires.x, (0, 0, 0, num_tokens * parts - fires.x.shape[1]))
+    x = x * valid_frames(lengths * parts, x.shape[1])[..., None]
+    return Features(x.unflatten(1, (num_tokens, parts)).flatten(2), lengths)
 
 
 class FrozenListener(Listener):

@@ -107,7 +107,8 @@ class Engine:
             messages: the conversation; its last message is answered.
             decode: how to answer.
             owner: whoever asks; states of a prompt are reused for the same owner only.
-            upto: a media part of the conversation: only what stands before it is computed, for a later call to start from.
+            upto: a media part of the conversation: only what stands before it is computed, for a later call to start from; and an
+                `EarlyPart` itself.
 
         Raises:
             RequestError: the model does not read a modality, a file is broken, or the text alone exceeds the context.

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from x2l.assistant import Assistant
 from x2l.data.collate import Decoder, raw
 from x2l.serve.answer import Answer, Decode, RequestError
-from x2l.serve.job import Item, Job, content_key
+from x2l.serve.job import EarlyPart, Item, Job, content_key
 from x2l.serve.store import EmbeddingStore
 from x2l.serve.text import TextStream
 from x2l.types import Message, Part
@@ -106,12 +106,12 @@ class Intake:
         try:
             with self._tokenizer:
                 row = self.assistant.renderer.prompt(messages)
-            row = row if upto is None else row.upto(upto)
+            row = row if upto is None else row.upto(upto, isinstance(upto, EarlyPart))
         except (ValueError, TemplateError) as error:
             raise RequestError(f"the model's chat template refuses this conversation: {error}") from error
         limit = min(decode.max_new_tokens or self.config.max_new_tokens, self.config.max_new_tokens)
         self.check_context(row.text_length, decode)
-        items = [self._item(part.type, raw(part)) for part in row.media]
+        items = [self._item(part) for part in row.media]
         generator = torch.Generator(device=self.assistant.model.device)
         if decode.seed is None:
             generator.seed()
@@ -148,7 +148,11 @@ class Intake:
         with self._tokenizer:
             return self.assistant.decode(ids)
 
-    def _item(self, modality: str, blob: bytes) -> Item:
+    def _item(self, part: Part) -> Item:
+        modality = part.type
+        if isinstance(part, EarlyPart):
+            return Item(modality, "", embeds=torch.cat([embeds for _, embeds in part.pieces]), pieces=part.pieces)
+        blob = raw(part)
         key = content_key(modality, blob)
         if (known := self.embeddings.get(key)) is not None:
             self.stats.embedding_hits += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,29 @@ from x2l.serve.store import Symbols, common
 from x2l.serve.text import TextStream
 from x2l.splice import splice
 from x2l.template import Row
+from x2l.types import Part
 
 
 def content_key(modality: str, blob: bytes) -> str:
     """What identifies a media file's embeddings."""
     return f"{modality}:{hashlib.sha256(blob).hexdigest()}"
+
+
+Piece = tuple[str, Tensor]  # embeddings (U, D), and what identifies them
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyPart(Part):
+    """A media item whose embeddings are known, in pieces; prompts that begin with the same pieces share their states."""
+
+    pieces: tuple[Piece, ...] = ()
+
+    def __post_init__(self) -> None:
+        """It has no source but these."""
+
+    @property
+    def num_embeds(self) -> int:
+        return sum(len(embeds) for _, embeds in self.pieces)
 
 
 @dataclass
@@ -31,6 +50,13 @@ class Item:
     key: str
     inputs: dict[str, Tensor] | None = None
     embeds: Tensor | None = None  # (U, D)
+    pieces: tuple[Piece, ...] = ()  # of which they consist; else they are one
+
+    @property
+    def marks(self) -> list[tuple[tuple[str, int], int]]:
+        """Symbols for the embeddings, and how many each stands for."""
+        assert self.embeds is not None
+        return [((key, len(embeds)), len(embeds)) for key, embeds in self.pieces or [(self.key, self.embeds)]]
 
 
 @dataclass(eq=False)
@@ -74,12 +100,7 @@ class Job:
         reach = torch.full_like(ids, ids.shape[1])
         self.embeds = splice(ids, ids, reach, text, media).embeds
         items = iter(self.items)
-        marks = [(i, 1) if i >= 0 else _mark(next(items)) for i in self.row.ids]
+        marks: list[tuple[Hashable, int]] = [mark for i in self.row.ids for mark in ([(i, 1)] if i >= 0 else next(items).marks)]
         self.symbols, self.widths = (self.owner, *(m[0] for m in marks)), (0, *(m[1] for m in marks))
         self.prompt_length = self.answer.usage.prompt = self.embeds.shape[1]
         self.answer.usage.media = {name: sum(map(len, embeds)) for name, embeds in by_name.items()}
-
-
-def _mark(item: Item) -> tuple[tuple[str, int], int]:
-    assert item.embeds is not None
-    return (item.key, len(item.embeds)), len(item.embeds)

@@ -9,10 +9,7 @@ FRAME = 320  # samples, 20 ms
 QUIET = 33.0  # RMS of 16-bit samples (-60 dBFS): the lowest noise floor
 RISE = 1.01  # the noise floor's growth a frame: it falls at once and doubles in 1.4 s
 ABOVE = 3.0  # a voice is louder than the noise floor by this factor
-TAIL = RATE // 5  # samples that are kept before the first and after the last voice of a clip
-PHRASE = 2 * TAIL  # samples of silence that end a phrase
-
-Clip = tuple[int, int]  # first sample, and the one after the last
+TAIL = RATE // 5  # samples that are kept after the last voice
 
 
 class Pauses:
@@ -27,8 +24,6 @@ class Pauses:
         self.samples = 0  # heard
         self.voiced_until = 0  # end of the last frame with a voice in it; 0 while there was none
         self.over = False
-        self.closed: list[Clip] = []  # phrases that are complete
-        self._begin: int | None = None  # of the phrase that is not
         self._floor = QUIET
         self._rest = np.zeros(0, np.int16)
 
@@ -50,23 +45,10 @@ class Pauses:
     def _frame(self, end: int, voiced: bool) -> None:
         if voiced:
             self.voiced_until = end
-            if self._begin is None:
-                self._begin = max(self.closed[-1][1] if self.closed else 0, end - FRAME - TAIL)
-        silence = end - self.voiced_until
-        if self._begin is not None and silence >= PHRASE:
-            self.closed.append((self._begin, self.voiced_until + TAIL))
-            self._begin = None
-        if self.voiced_until and self.end_silence is not None and silence >= self.end_silence * RATE:
-            self.over = True
+        elif self.voiced_until and self.end_silence is not None:
+            self.over = end - self.voiced_until >= self.end_silence * RATE
 
     @property
-    def whole(self) -> Clip:
-        """What counts of the recording: up to `TAIL` after the last voice, or all where there is none."""
-        return 0, min(self.samples, self.voiced_until + TAIL) if self.voiced_until else self.samples
-
-    @property
-    def phrases(self) -> list[Clip]:
-        """The same as phrases, between which the silence is left out; the last one may go on."""
-        if not self.voiced_until:
-            return [self.whole]
-        return self.closed if self._begin is None else [*self.closed, (self._begin, self.whole[1])]
+    def kept(self) -> int:
+        """How many samples are the recording: up to `TAIL` after the last voice, or all where there is none. Never fewer later."""
+        return min(self.samples, self.voiced_until + TAIL) if self.voiced_until else self.samples

@@ -157,9 +157,10 @@ class VoiceRequest(AnswerRequest):
     end_silence: Annotated[float, Field(ge=0.2, le=10)] | None = Field(
         default=None, description="seconds of silence that end the speech; without it the client says when"
     )
-    phrases: bool = Field(
-        default=False,
-        description="whether each phrase, between pauses, is a recording of its own and read for good when it is over",
+    lookahead: Annotated[float, Field(ge=0.5, le=3)] | None = Field(
+        default=None,
+        description="seconds of sound after which what was heard is settled, so that only what came since is read at the end; "
+        "without it all of the recording is read at once",
     )
 
     @model_validator(mode="after")

@@ -2,8 +2,8 @@
 
     POST /v1/voice          as a chat completion; {"type": "voice"} stands where the recording will be -> {"url": ...}
     WebSocket /v1/voice/T   16-bit mono samples at 16 kHz in binary frames, then {"type": "end"}
-                            -> {"type": "end", "clips": [[0, N]]}, `chat.completion.chunk` objects, close; or
-                            {"error": ...}, close. Clips are what counts as recordings: first sample, the one after the last
+                            -> {"type": "end", "samples": N}, `chat.completion.chunk` objects, close; or {"error": ...},
+                            close. The first N samples are the recording
 
 The ticket is good once and for a moment. It stands for the key of its POST, which a browser cannot send with a WebSocket, and
 leaves the conversation, with all its media, to the limits and errors of every other POST.
@@ -111,7 +111,7 @@ def add_voice(
         """Announce a spoken turn of a conversation; what stands before it is read at once."""
         turns.check()
         how, messages = decode(body), await reader.messages(body.messages)
-        turn = VoiceTurn(engine, messages, body.place, how, request.state.owner, workers, body.end_silence, body.phrases)
+        turn = VoiceTurn(engine, messages, body.place, how, request.state.owner, workers, body.end_silence, body.lookahead)
         await turn.begin()
         ticket = turns.add(turn)
         return VoiceOut(
@@ -191,7 +191,7 @@ def _check_end(text: str) -> None:
 
 async def _reply(socket: WebSocket, turn: VoiceTurn, model: str, metrics: Metrics) -> None:
     start, ahead = time.perf_counter(), turn.ahead
-    await socket.send_json({"type": "end", "clips": turn.clips})
+    await socket.send_json({"type": "end", "samples": turn.pauses.kept})
     answer = await turn.answer()
     try:
         stream = await pieces(answer)

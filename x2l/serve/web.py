@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from x2l.modalities.hearing import can_settle
 from x2l.serve.app import ServerConfig
 from x2l.serve.engine import Engine
 from x2l.serve.limits import Gate
@@ -26,6 +27,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+LOOKAHEAD = 1.5  # seconds of sound after which speech is settled: shorter costs words (docs/serve.md)
 CHINESE = "今天天气很好，我们一起去公园散步。"
 
 
@@ -70,13 +72,19 @@ def describe(engines: Mapping[str, Engine], config: ServerConfig) -> dict[str, A
 
 
 def describe_model(name: str, engine: Engine) -> dict[str, Any]:
-    """A model's name, who reads each modality, and whether it knows Chinese."""
+    """A model's name, who reads each modality, when speech is settled (seconds, if at all), whether it knows Chinese."""
     assistant, reads = engine.assistant, {}
     for kind, part in assistant.config.modalities.items():
         modality: Any = assistant.model.modalities[kind]
         modules = [type(module).__name__ for module in modality.interface]
         reads[kind] = " → ".join([part.encoder.name.rsplit(":", 1)[-1], *modules])
-    return {"model": name, "reads": reads, "chinese": knows_chinese(assistant.tokenizer)}
+    speech: Any = dict(assistant.model.modalities.items()).get("speech")
+    return {
+        "model": name,
+        "reads": reads,
+        "lookahead": LOOKAHEAD if speech is not None and can_settle(speech) else None,
+        "chinese": knows_chinese(assistant.tokenizer),
+    }
 
 
 def knows_chinese(tokenizer: Any) -> bool:

@@ -232,7 +232,8 @@ function discard() {
 // The request to a model that follows what is being said; what is typed and attached belongs to it.
 function spoken() {
   const asked = { text: $("question").value.trim(), media: [...attached, VOICE] };
-  return request(site, [...turns.slice(0, edited ?? turns.length), asked], 0, settings.temperature);
+  const { lookahead } = site.models[0];
+  return request(site, [...turns.slice(0, edited ?? turns.length), asked], 0, settings.temperature, { lookahead });
 }
 
 async function send(voice = null) {

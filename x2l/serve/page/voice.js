@@ -94,15 +94,15 @@ export class Voice {
     this.forward();
     const first = same && await Promise.race([this.next(), new Promise((resolve) => { setTimeout(resolve, PATIENCE); })]);
     this.follows = first?.type === "end";
-    if (this.follows) return this.recording(...first.clips[0]);
+    if (this.follows) return this.recording(first.samples);
     this.close();
-    return this.recording(0, Infinity);
+    return this.recording(Infinity);
   }
 
-  async recording(begin, end) {
+  async recording(samples) {
     const blob = new Blob(this.samples);
     if (!blob.size) throw new Error(t("silent_recording"));
-    return item("sound", t("speech"), wav(blob.slice(2 * begin, 2 * end)), this.limits);
+    return item("sound", t("speech"), wav(blob.slice(0, 2 * samples)), this.limits);
   }
 
   // What `chat` in api.js yields, of the answer to what was said.
@@ -129,7 +129,7 @@ export class Voice {
   }
 }
 
-// The very file that the server makes of the same samples, so that later turns find it known.
+// The very file that the server makes of the same samples, so that later turns find it known where it was read whole.
 function wav(samples) {
   const head = new DataView(new ArrayBuffer(44));
   const text = (at, letters) => [...letters].forEach((letter, i) => head.setUint8(at + i, letter.charCodeAt(0)));
