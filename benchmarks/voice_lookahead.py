@@ -1,6 +1,6 @@
 """What settling early costs: word error rate of the LLM's tokens nearest to the speech embeddings, on recordings in tar shards.
 
-    python benchmarks/voice_lookahead.py tiny 300 ../shared/data/speechocean762/test-0000.tar
+    python benchmarks/voice_lookahead.py tiny 400 ../shared/data/speechocean762/test-0000.tar
 
 whole      the recording as its file is read
 trimmed    as a spoken turn takes it: up to 0.2 s after the last voice

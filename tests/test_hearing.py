@@ -518,7 +518,7 @@ def test_a_step_that_fails_is_told_and_tried_again(
 
     answer = turns.run(scene)
     monkeypatch.undo()
-    assert "not read in advance: out of memory" in caplog.text
+    assert "not read in advance: RuntimeError('out of memory')" in caplog.text
     assert answer == settled_answer(model, wav(pcm), 0.5, 12)
 
 

@@ -194,7 +194,10 @@ def import_speech(state: dict[str, Tensor], interface: nn.Sequential) -> list[st
     """
     adapter = interface[-1]
     if not isinstance(adapter, SoftWords):
-        raise ValueError("only a speech interface with soft words (reader and words) starts from another LLM's")
+        raise ValueError(
+            "only a speech interface with soft words (reader and words) starts from another LLM's, "
+            f"this one ends in {type(adapter).__name__}"
+        )
     _fit(interface[:2], {name: tensor for name, tensor in state.items() if name.startswith(("0.", "1."))})
     for parameter in adapter.linear.parameters():
         nn.init.zeros_(parameter)

@@ -1,7 +1,7 @@
 """A recording that is read while it is made: what was heard a while ago is settled, and only what came since is read again.
 
-Encoder, listener and C-Former attend to a whole recording, so that each new sound may change all of its embeddings; but what
-sound that comes a second after a frame changes in it is little. Every `STEP` the frames with ``lookahead`` seconds of sound
+Encoder, listener and C-Former attend to a whole recording, so that each new sound may change all of its embeddings; but sound
+that comes long after a frame changes little in it. Every `STEP` the frames with ``lookahead`` seconds of sound
 behind them are settled, and with them the tokens that CIF has fired there: layers keep their keys and values (`x2l.past.Past`),
 CIF its state (`CIF.stream`), and the LLM may take the embeddings in. What is left to read at the end are ``lookahead`` seconds,
 or a `STEP` more, but for the encoder's first convolution, whose norm is over all. Not in the paper, where CIF could stream but

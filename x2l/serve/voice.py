@@ -110,7 +110,9 @@ class EarlyEar(Ear):
     def __init__(self, engine: Engine, lookahead: float):
         super().__init__(engine)
         if not can_settle(self._modality):
-            raise RequestError("this model's speech interface reads whole recordings only: leave out 'lookahead'")
+            raise RequestError(
+                f"this model's speech interface reads whole recordings only: leave out lookahead ({lookahead:g})"
+            )
         self._hearing = Hearing(self._modality, lookahead)
         self._sha = hashlib.sha256(f"after {self._hearing.lookahead} samples".encode())  # of all that it has settled
         self._pieces: list[Piece] = []
@@ -145,7 +147,7 @@ def _in_advance(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 
     def tell(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("a spoken turn was not read in advance: %s", error)
+            log.warning("a spoken turn was not read in advance: %r", error)
 
     task = asyncio.ensure_future(work)
     task.add_done_callback(tell)

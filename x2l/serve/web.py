@@ -78,7 +78,7 @@ def describe_model(name: str, engine: Engine) -> dict[str, Any]:
         modality: Any = assistant.model.modalities[kind]
         modules = [type(module).__name__ for module in modality.interface]
         reads[kind] = " → ".join([part.encoder.name.rsplit(":", 1)[-1], *modules])
-    speech: Any = dict(assistant.model.modalities.items()).get("speech")
+    speech: Any = assistant.model.modalities["speech"] if "speech" in reads else None
     return {
         "model": name,
         "reads": reads,
