@@ -110,9 +110,7 @@ class EarlyEar(Ear):
     def __init__(self, engine: Engine, lookahead: float):
         super().__init__(engine)
         if not can_settle(self._modality):
-            raise RequestError(
-                f"this model's speech interface reads whole recordings only: leave out lookahead ({lookahead:g})"
-            )
+            raise RequestError(f"this model's speech interface reads whole recordings only: leave out lookahead ({lookahead:g})")
         self._hearing = Hearing(self._modality, lookahead)
         self._sha = hashlib.sha256(f"after {self._hearing.lookahead} samples".encode())  # of all that it has settled
         self._pieces: list[Piece] = []
