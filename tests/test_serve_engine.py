@@ -169,6 +169,49 @@ def test_cancelling_stops_the_computing(engine: Engine) -> None:
     assert is_idle(engine)
 
 
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_a_pass_over_prompts_is_given_up_when_nobody_waits_for_it(
+    model: Assistant, monkeypatch: pytest.MonkeyPatch, num_prompts: int
+) -> None:
+    """Between its layers; while one of them is waited for it goes on, and the answer in progress loses nothing."""
+    talks = [[user(f"{i} is a number.")] for i in range(num_prompts + 1)]
+    expected = [alone(model, talk, 9) for talk in talks]
+    watched = Watched(model, monkeypatch)
+    engine, passes = watched.engine, list[int]()
+    first = watched.begin(30)
+    answers = [engine.submit(talk, Decode(9)) for talk in talks]
+    first_block, second = engine.forward.blocks
+    gone = answers[:num_prompts]
+
+    def leave(x: Any) -> Any:
+        if len(x) > 8:  # no step has so many rows
+            passes.append(1)
+            for answer in gone:
+                answer.cancel()
+        return first_block.norm(x)
+
+    def go_on(x: Any) -> Any:
+        if len(x) > 8:  # no step has so many rows
+            passes.append(2)
+        return second.norm(x)
+
+    monkeypatch.setattr(engine.forward, "blocks", [first_block._replace(norm=leave), second._replace(norm=go_on)])
+    watched.go.set()
+    assert "".join(answers[-1]) == expected[-1]  # it was computed with those that left
+    for answer in gone:
+        "".join(answer)
+    assert [answer.finish_reason for answer in gone] == ["cancelled"] * num_prompts
+    assert passes == [1, 2]
+    passes.clear()
+    gone = [engine.submit([user("Nothing.")], Decode(9))]
+    assert "".join(gone[0]) == ""
+    assert gone[0].finish_reason == "cancelled"
+    assert passes == [1]
+    assert "".join(first) == alone(model, [user("Hello")], 30)
+    assert is_idle(engine)
+    engine.close()
+
+
 def test_a_full_queue_refuses_and_recovers(model: Assistant) -> None:
     engine = Engine(model, EngineConfig(max_batch=1, max_queue=1))
     try:
@@ -333,7 +376,7 @@ def test_a_pass_that_fails_costs_its_prompts(model: Assistant, monkeypatch: pyte
     watched = Watched(model, monkeypatch)
     engine, prompts = watched.engine, watched.engine.forward.prompts
     first = watched.begin(9)
-    monkeypatch.setattr(engine.forward, "prompts", lambda group: prompts(group) if len(group) == 1 else 1 / 0)
+    monkeypatch.setattr(engine.forward, "prompts", lambda group, over: prompts(group, over) if len(group) == 1 else 1 / 0)
     answers = [engine.submit([user(f"{i}?")], Decode(9)) for i in range(4)]
     watched.go.set()
     for answer in answers:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from x2l.devices import bf16_in_hardware
-from x2l.serve.forward import Forward, Llama, Plain, Prompt, _attend_ungrouped, forward_of, linears
+from x2l.serve.forward import Forward, GivenUp, Llama, Plain, Prompt, _attend_ungrouped, forward_of, linears
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.packed import eight_bits, four_bits
 
@@ -110,6 +110,28 @@ def test_prompts_side_by_side_are_those_alone(family: str) -> None:
     for own, other in zip(kept[1], kept[0], strict=True):
         assert own.get_seq_length() == other.get_seq_length()
         torch.testing.assert_close(own.layers[-1].keys, other.layers[-1].keys, atol=2e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_step_that_is_given_up_leaves_the_rows_as_they_were() -> None:
+    llm = make("llama")
+    table, caches, forward = llm.get_input_embeddings(), Caches(llm), forward_of(llm)
+    found = []
+    for layers in ([], [0], [2, 1]):  # after so many the next step is given up
+        lanes = Lanes(forward, table, caches)
+        kept = [caches.load([]) for _ in range(2)]
+        for cache, length in zip(kept, (5, 11), strict=True):
+            forward(table(torch.arange(length)[None]), torch.arange(length)[None], cache)
+        lanes.join(kept, [5, 11])
+        lanes.step([3, 4])
+        for layer in layers:
+            asked = iter([False] * layer + [True])
+            with pytest.raises(GivenUp):
+                lanes.step([96, 96], lambda asked=asked: next(asked))  # type: ignore[misc]
+        found.append((lanes.step([5, 6]), lanes.step([7, 8]), *lanes.states(0)[0]))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

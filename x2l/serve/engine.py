@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from torch import Tensor
 from x2l.assistant import Assistant
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
-from x2l.serve.forward import Prompt, forward_of
+from x2l.serve.forward import GivenUp, Prompt, forward_of
 from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
-from x2l.serve.job import Job
+from x2l.serve.job import Job, all_over
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
@@ -284,7 +285,7 @@ class Engine:
     def _read(self, group: Sequence[Job]) -> int:
         """Compute each prompt's next chunk, and with its end the answer's first token; returns how many positions that were.
 
-        What fails is rejected: all of them, if the pass does.
+        What fails is rejected: all of them, if the pass does. A pass that nobody waits for any more is given up.
         """
         prompts = []
         for job in group:
@@ -293,7 +294,10 @@ class Engine:
             positions = torch.arange(start, end, device=self.model.device)[None]
             prompts.append(Prompt(job.embeds[:, start:end], positions, job.cache))
         try:
-            rows = self.forward.prompts(prompts).split(1)
+            rows = self.forward.prompts(prompts, partial(all_over, group)).split(1)
+        except GivenUp:
+            self._drop()
+            return self.config.prefill_chunk
         except Exception as error:
             self._reject(group, error)
             return self.config.prefill_chunk  # no more before the next token: others might fail, too
@@ -346,7 +350,11 @@ class Engine:
         job.length = job.answer.usage.cached = known
 
     def _step(self) -> None:
-        logits = self._lanes.step([job.ids[-1] for job in self._active])
+        try:
+            logits = self._lanes.step([job.ids[-1] for job in self._active], partial(all_over, self._active))
+        except GivenUp:
+            self._drop()
+            return
         self.stats.steps += 1
         greedy = logits.float().argmax(-1).tolist()  # in bfloat16 argmax takes twice as long
         staying = []

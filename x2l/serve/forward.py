@@ -26,6 +26,18 @@ log = logging.getLogger(__name__)
 LIKE_LLAMA = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
+class GivenUp(Exception):
+    """Nobody waits any more for what was being computed."""
+
+
+Over = Callable[[], bool]  # whether nobody waits any more
+
+
+def never() -> bool:
+    """For a pass that is not given up."""
+    return False
+
+
 class Prompt(NamedTuple):
     """New positions of one sequence."""
 
@@ -35,16 +47,26 @@ class Prompt(NamedTuple):
 
 
 class Forward(Protocol):
-    """What computes new positions: of rows that are as long, or of prompts that are not."""
+    """What computes new positions: of rows that are as long, or of prompts that are not.
 
-    def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
+    A pass asks between layers whether it is ``over``; if so, it ends with `GivenUp`, and some layers hold more states than others.
+    """
+
+    def __call__(
+        self,
+        embeds_BLD: Tensor,
+        positions_BL: Tensor,
+        cache: Any,
+        visible_BS: Tensor | None = None,
+        over: Over = never,
+    ) -> Tensor:
         """Logits (B, V) behind the last position; keys and values are added to ``cache``, in place.
 
         Each position sees itself and those before it. ``visible_BS``, for L = 1 alone: which positions a row sees (padding: False).
         """
         ...
 
-    def prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+    def prompts(self, prompts: Sequence[Prompt], over: Over = never) -> Tensor:
         """Logits (P, V) behind the last position of each, which sees its own sequence alone."""
         ...
 
@@ -69,12 +91,20 @@ def forward_of(llm: Any, packed_bytes: int = 0, weight_bits: int = 16) -> Forwar
 
 
 class Plain:
-    """Hugging Face's own forward pass."""
+    """Hugging Face's own forward pass, which is never given up but between two prompts."""
 
     def __init__(self, llm: Any):
         self.llm, self.cache_name = llm, cache_name(llm)
 
-    def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        embeds_BLD: Tensor,
+        positions_BL: Tensor,
+        cache: Any,
+        visible_BS: Tensor | None = None,
+        over: Over = never,
+    ) -> Tensor:
+        _go_on(over)
         out = self.llm(
             inputs_embeds=embeds_BLD,
             attention_mask=None if visible_BS is None else visible_BS.long(),
@@ -86,8 +116,8 @@ class Plain:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def prompts(self, prompts: Sequence[Prompt]) -> Tensor:
-        return torch.cat([self(*prompt) for prompt in prompts])
+    def prompts(self, prompts: Sequence[Prompt], over: Over = never) -> Tensor:
+        return torch.cat([self(*prompt, over=over) for prompt in prompts])
 
 
 class Norm:
@@ -147,17 +177,24 @@ class Llama:
             for (qkv, out, gate_up, down), layer in zip(fours, decoder.layers, strict=True)
         ]
 
-    def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, cache: Any, visible_BS: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        embeds_BLD: Tensor,
+        positions_BL: Tensor,
+        cache: Any,
+        visible_BS: Tensor | None = None,
+        over: Over = never,
+    ) -> Tensor:
         mask = _mask(embeds_BLD.shape[1], cache.get_seq_length(), visible_BS, embeds_BLD.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = cache.layers[layer].update(k, v)
             return _attend(q, k, v, mask)
 
-        x = self._layers(embeds_BLD, self._rotation(embeds_BLD, positions_BL), attend)
+        x = self._layers(embeds_BLD, self._rotation(embeds_BLD, positions_BL), attend, over)
         return self._logits(x[:, -1])
 
-    def prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+    def prompts(self, prompts: Sequence[Prompt], over: Over = never) -> Tensor:
         """All as one row, since few positions cost nearly as much as many; attention alone goes by prompt."""
         lengths = [prompt.embeds_BLD.shape[1] for prompt in prompts]
         masks = [_mask(n, p.cache.get_seq_length(), None, p.embeds_BLD.device) for n, p in zip(lengths, prompts, strict=True)]
@@ -171,7 +208,7 @@ class Llama:
             return torch.cat(reads, 2)
 
         cos, sin = (torch.cat(parts, 2) for parts in zip(*rotations, strict=True))
-        x = self._layers(torch.cat([prompt.embeds_BLD for prompt in prompts], 1), (cos, sin), attend)
+        x = self._layers(torch.cat([prompt.embeds_BLD for prompt in prompts], 1), (cos, sin), attend, over)
         return self._logits(x[0, torch.tensor(lengths, device=x.device).cumsum(0) - 1])
 
     def _rotation(self, embeds_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,12 +217,13 @@ class Llama:
         first, second = sin.chunk(2, -1)
         return cos, torch.cat([-first, second], -1)
 
-    def _layers(self, embeds_BLD: Tensor, rotation: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
+    def _layers(self, embeds_BLD: Tensor, rotation: tuple[Tensor, Tensor], attend: Callable[..., Tensor], over: Over) -> Tensor:
         """The last layer's states (B, L, D); ``attend`` (layer, q, k, v) -> (B, H, L, d) keeps keys and values, too."""
         num_rows, length, _ = embeds_BLD.shape
         cos, sin = rotation
         x, num_qk = embeds_BLD.flatten(0, 1), self.num_q + self.num_k
         for i, block in enumerate(self.blocks):
+            _go_on(over)
             heads = block.qkv(block.norm(x)).view(num_rows, length, -1, self.width).transpose(1, 2)
             qk = heads[:, :num_qk]
             if block.qk_norm is not None:
@@ -205,6 +243,11 @@ class Llama:
             return None
         q, k = attention.q_norm.weight, attention.k_norm.weight
         return norm(torch.cat([q.expand(self.num_q, 1, -1), k.expand(self.num_k, 1, -1)]))
+
+
+def _go_on(over: Over) -> None:
+    if over():
+        raise GivenUp
 
 
 def _mask(length: int, past: int, visible_BS: Tensor | None, device: torch.device) -> Tensor | None:

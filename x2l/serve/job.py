@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,3 +105,9 @@ class Job:
         self.symbols, self.widths = (self.owner, *(m[0] for m in marks)), (0, *(m[1] for m in marks))
         self.prompt_length = self.answer.usage.prompt = self.embeds.shape[1]
         self.answer.usage.media = {name: sum(map(len, embeds)) for name, embeds in by_name.items()}
+
+
+def all_over(jobs: Sequence[Job]) -> bool:
+    """Whether nobody waits for any of ``jobs`` any more."""
+    now = time.monotonic()
+    return all(job.over(now) for job in jobs)

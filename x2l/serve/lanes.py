@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x2l.model import cache_name
-from x2l.serve.forward import Forward
+from x2l.serve.forward import Forward, GivenUp, Over, never
 from x2l.serve.store import KV
 
 ROOM = 64  # positions that are added when there is none left
@@ -65,13 +65,23 @@ class Lanes:
             Roomy.take(mine, [(layer.keys, layer.values) for layer in (*held, *new)], width)
         self.lengths += lengths
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Feed one token a row, (B,) ids; logits (B, V) of the next ones."""
+    def step(self, tokens: Sequence[int], over: Over = never) -> Tensor:
+        """Feed one token a row, (B,) ids; logits (B, V) of the next ones.
+
+        Raises:
+            GivenUp: it was ``over`` before its end; all is as it was before.
+        """
         device, width = self.table.weight.device, max(self.lengths)
         length = torch.tensor(self.lengths, device=device)[:, None]
         padded = min(self.lengths) < width
         visible = torch.arange(width + 1, device=device) >= width - length if padded else None
-        logits = self.forward(self.table(torch.tensor(tokens, device=device)[:, None]), length, self._cache, visible)
+        embeds = self.table(torch.tensor(tokens, device=device)[:, None])
+        try:
+            logits = self.forward(embeds, length, self._cache, visible, over)
+        except GivenUp:
+            for layer in self._cache.layers:
+                layer.update.back_to(width)
+            raise
         self.lengths = [n + 1 for n in self.lengths]
         return logits
 
@@ -115,6 +125,11 @@ class Roomy:
         self.values.narrow(2, self.length, keys.shape[2]).copy_(values)
         self.length = end
         return self._show()
+
+    def back_to(self, length: int) -> None:
+        """Forget what was written after ``length`` positions."""
+        self.length = length
+        self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
         self.layer.keys, self.layer.values = self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)

@@ -222,6 +222,7 @@ class VoiceTurn:
             self._settling = _in_advance(self._settle())
         paused = 0 < self.pauses.voiced_until <= self.pauses.samples - TAIL
         if paused and self._ahead is None and self._has_room():
+            self._stop_taking_in()  # the answer's prompt has all of it
             self._ahead = self.pauses.kept, asyncio.ensure_future(self._answer(self.pauses.kept))
 
     async def answer(self) -> Answer:
@@ -261,22 +262,31 @@ class VoiceTurn:
         while self._ear.due(self.pauses.kept):
             await self._run(self._ear.step, self.pauses.kept)
             settled = self._ear.settled
-            idle = self._taking_in is None or self._taking_in.done()
-            if settled is not None and settled.num_embeds - self._num_taken_in >= WORTHWHILE and idle and self._has_room():
-                self._num_taken_in, self._taking_in = settled.num_embeds, _in_advance(self._take_in(settled))
+            idle = (self._taking_in is None or self._taking_in.done()) and self._ahead is None and self._has_room()
+            if settled is not None and settled.num_embeds - self._num_taken_in >= WORTHWHILE and idle:
+                self._taking_in = _in_advance(self._take_in(settled))
 
     async def _take_in(self, settled: EarlyPart) -> None:
-        prompt = await submit(self.engine, self._with(settled), FIRST, self.owner, settled)
+        before, self._num_taken_in = self._num_taken_in, settled.num_embeds
         try:
-            async for _ in prompt:
-                pass
-        finally:
-            prompt.cancel()
+            prompt = await submit(self.engine, self._with(settled), FIRST, self.owner, settled)
+            try:
+                async for _ in prompt:
+                    pass
+            finally:
+                prompt.cancel()
+        except asyncio.CancelledError:
+            self._num_taken_in = before
+            raise
 
     def _stop_settling(self) -> None:
-        for task in (self._settling, self._taking_in):
-            if task is not None:
-                task.cancel()
+        if self._settling is not None:
+            self._settling.cancel()
+        self._stop_taking_in()
+
+    def _stop_taking_in(self) -> None:
+        if self._taking_in is not None:
+            self._taking_in.cancel()
 
     async def _answer(self, samples: int) -> Answer:
         while self._ear.due(samples):
