@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
 from x2l.data.media import decode_audio
+from x2l.encoders import moonshine_torch
 from x2l.encoders.conformer import Attention, ConvModule
 from x2l.encoders.moonshine import HOP, pad
 from x2l.encoders.moonshine_torch import TorchMoonshine
@@ -243,12 +245,23 @@ def test_it_is_its_slow_twin(
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5, 1.3, 3.0])
-def test_with_nothing_settled_it_is_what_the_file_gives(model: Assistant, seconds: float) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_with_nothing_settled_it_is_what_the_file_gives(
+    model: Assistant, monkeypatch: pytest.MonkeyPatch, seconds: float, rounded: bool
+) -> None:
+    """But for what the encoder rounds where the processor multiplies in bfloat16."""
+    modality: Any = model.model.modalities["speech"]
+    monkeypatch.setattr(moonshine_torch, "bf16_in_hardware", lambda: rounded)
+    vars(modality.encoder).pop("_quick", None)
     wave = sound(seconds)
-    settled, rest = Hearing(model.model.modalities["speech"], lookahead=100).read(wave)  # type: ignore[arg-type]
+    settled, rest = Hearing(modality, lookahead=100).read(wave)
+    del vars(modality.encoder)["_quick"]
     assert settled == []
+    assert rest.dtype == torch.float32
     assert len(rest) < 3 or rest.std(0).min() > 1e-3, "embeddings differ, so that a mix-up would show"
-    torch.testing.assert_close(rest, whole(model, wave), rtol=1e-4, atol=1e-5)
+    expected = whole(model, wave)
+    torch.testing.assert_close(rest, expected, rtol=1e-4, atol=0.03 if rounded else 1e-5)
+    assert torch.equal(rest, expected) or rounded == ((rest - expected).abs().max() > 1e-4)
 
 
 def test_what_is_settled_stays_whatever_comes_and_however(model: Assistant) -> None:
@@ -391,6 +404,20 @@ async def said(turn: VoiceTurn) -> str:
 async def settled(turn: VoiceTurn) -> None:
     while turn._settling is not None and not turn._settling.done():
         await asyncio.sleep(0.01)
+
+
+def test_the_first_turn_opens_the_interface_before_anything_is_said(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    speech: Any = model.model.modalities["speech"]
+    forward, reads = speech.forward, list[int]()
+    monkeypatch.setattr(voice, "_open", WeakSet())
+    monkeypatch.setattr(speech, "forward", lambda media: reads.append(1) or forward(media))
+
+    async def scene(turn: VoiceTurn) -> None:
+        await settled(turn)
+
+    for _ in range(2):
+        Turn(model, monkeypatch).run(scene)
+        assert reads == [1]
 
 
 def test_what_is_settled_is_not_computed_twice(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_a_wrong_key(server: Running) -> None:
 
 def test_models(client: openai.OpenAI) -> None:
     assert [m.id for m in client.models.list()] == ["x2l"]
-    assert client.models.retrieve("x2l").model_extra == {"modalities": ["text", "image"]}
+    assert client.models.retrieve("x2l").model_extra == {"modalities": ["text", "image"], "lookahead": False}
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("x3l")
 

@@ -5,6 +5,7 @@ The same function as `x2l.encoders.moonshine.MoonshineEncoder`, in float32 where
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import MoonshineConfig
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder as Network
 from transformers.models.moonshine.modeling_moonshine import apply_rotary_pos_emb
 
+from x2l.devices import bf16_in_hardware
 from x2l.encoders.conformer import valid_frames
 from x2l.encoders.moonshine import ASSETS, SHA256, MoonshineEncoder, dequantised, load_graph, pad, windows
 from x2l.past import Past
@@ -58,8 +60,8 @@ class TorchMoonshine(MoonshineEncoder):
     @torch.inference_mode()
     def resume(self, wave: Tensor, past: Past) -> Tensor:
         """The frames of a recording (S,) from ``past.length`` on, (1, F, 288), given what was settled of those before."""
-        samples = torch.from_numpy(pad(wave.float().cpu().numpy())).to(self.network.layer_norm.weight.device)
-        return self._blocks(self._stem(samples, past.length)[None], past=past)
+        samples = torch.from_numpy(pad(wave.float().cpu().numpy())).to(self.network.layer_norm.weight)  # its device and type
+        return self._blocks(self._stem(samples, past.length)[None], past=past).float()
 
     def _stem(self, samples: Tensor, begin: int = 0) -> Tensor:
         """A padded window (S,) -> its frames from ``begin`` on, (F, 288)."""
@@ -116,14 +118,19 @@ class LazyMoonshine(MoonshineEncoder):
     def _network(self) -> TorchMoonshine:
         return TorchMoonshine(read_state(self.trained), self.max_seconds).requires_grad_(False).eval()
 
+    @cached_property
+    def _quick(self) -> TorchMoonshine:
+        on_cpu = self._network.network.layer_norm.weight.device.type == "cpu"
+        return copy.deepcopy(self._network).bfloat16() if on_cpu and bf16_in_hardware() else self._network
+
     def forward(self, waves: Tensor, lengths: Tensor) -> Features:
         """As `TorchMoonshine.forward`, on the device of ``waves``."""
         features: Features = self._network.to(waves.device)(waves, lengths)
         return features
 
     def resume(self, wave: Tensor, past: Past) -> Tensor:
-        """As `TorchMoonshine.resume`."""
-        return self._network.resume(wave, past)
+        """As `TorchMoonshine.resume`, in bfloat16 where the processor multiplies in it."""
+        return self._quick.resume(wave, past)
 
     def _encode(self, window: np.ndarray) -> np.ndarray:
         return self._network._encode(window)

@@ -180,7 +180,10 @@ def _add_status(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], pool: D
 
 def _add_models(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     now = int(time.time())
-    held = {name: ModelOut(id=name, created=now, modalities=["text", *engine.reads]) for name, engine in engines.items()}
+    held = {
+        name: ModelOut(id=name, created=now, modalities=["text", *engine.reads], lookahead=engine.settles)
+        for name, engine in engines.items()
+    }
 
     @app.get("/v1/models")
     async def models() -> ModelList:

@@ -13,11 +13,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from x2l.assistant import Assistant
+from x2l.modalities.hearing import can_settle
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
 from x2l.serve.forward import GivenUp, Prompt, forward_of
@@ -73,6 +75,12 @@ class Engine:
     def reads(self) -> list[str]:
         """The modalities that the model takes."""
         return self.assistant.reads
+
+    @property
+    def settles(self) -> bool:
+        """Whether the model can settle speech while it comes in."""
+        speech: Any = self.model.modalities["speech"] if "speech" in self.reads else None
+        return speech is not None and can_settle(speech)
 
     @property
     def capacity(self) -> int:

@@ -154,10 +154,10 @@ class ChatRequest(AnswerRequest):
 
 class VoiceRequest(AnswerRequest):
     messages: Annotated[list[VoiceMessage], Field(min_length=1, max_length=1024)]
-    end_silence: Annotated[float, Field(ge=0.2, le=10)] | None = Field(
+    end_silence: Annotated[float, Field(ge=0.2, le=10, strict=True)] | None = Field(
         default=None, description="seconds of silence that end the speech; without it the client says when"
     )
-    lookahead: Annotated[float, Field(ge=0.5, le=3)] | None = Field(
+    lookahead: Annotated[float, Field(ge=0.5, le=3, strict=True)] | None = Field(
         default=None,
         description="seconds of sound after which what was heard is settled, so that only what came since is read at the end; "
         "without it all of the recording is read at once",
@@ -218,6 +218,7 @@ class ModelOut(BaseModel):
     created: int
     owned_by: str = "x2l"
     modalities: list[str]
+    lookahead: Annotated[bool, Field(description="whether spoken turns may have one")]
 
 
 class ModelList(BaseModel):

@@ -27,11 +27,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
 
-from x2l.modalities.hearing import STEP, Hearing, can_settle
+from x2l.modalities.hearing import STEP, Hearing
+from x2l.modality import Modality
 from x2l.serve.answer import Answer, Decode, RequestError
 from x2l.serve.chat import abandon, submit
 from x2l.serve.engine import Engine
@@ -61,6 +63,9 @@ def _sound(pcm: bytes) -> np.ndarray:
     return np.frombuffer(pcm, "<i2").astype(np.float32) / 32_768
 
 
+_open: WeakSet[Modality] = WeakSet()  # speech modalities that have heard something
+
+
 class Ear:
     """The speech interface on one growing recording, outside the engine's thread; a recording begins with what earlier calls were
     given."""
@@ -71,6 +76,13 @@ class Ear:
         self._engine = engine
         self._modality: Any = engine.model.modalities["speech"]
         self._done: list[np.ndarray] = []  # features of the encoder's windows that are complete
+
+    @torch.inference_mode()
+    def open(self, pcm: bytes) -> None:
+        """Have what the interface makes or fetches when it first hears something, before anything is said."""
+        if self._modality not in _open:
+            self._modality(Media(inputs=self._engine.assistant.collator.processors["speech"]([np.zeros(STEP, np.float32)])))
+            _open.add(self._modality)
 
     def due(self, samples: int) -> bool:
         """Whether a `step` should be taken of a recording of so many samples."""
@@ -109,7 +121,7 @@ class EarlyEar(Ear):
 
     def __init__(self, engine: Engine, lookahead: float):
         super().__init__(engine)
-        if not can_settle(self._modality):
+        if not engine.settles:
             raise RequestError(f"this model's speech interface reads whole recordings only: leave out lookahead ({lookahead:g})")
         self._hearing = Hearing(self._modality, lookahead)
         self._sha = hashlib.sha256(f"after {self._hearing.lookahead} samples".encode())  # of all that it has settled
@@ -211,6 +223,7 @@ class VoiceTurn:
         """
         last = self.messages[-1]
         await submit(self.engine, self.messages, FIRST, self.owner, last.content[self.place])
+        self._settling = _in_advance(self._open())
 
     def hear(self, pcm: bytes) -> None:
         """The next samples; may start an answer, or drop one that is out of date."""
@@ -256,6 +269,10 @@ class VoiceTurn:
             self._ahead = None
             task.add_done_callback(abandon)
             task.cancel()
+
+    async def _open(self) -> None:
+        await self._run(self._ear.open, 0)
+        await self._settle()
 
     async def _settle(self) -> None:
         """Settle what is due, and let the LLM take it in while nobody waits for it."""

@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from x2l.modalities.hearing import can_settle
 from x2l.serve.app import ServerConfig
 from x2l.serve.engine import Engine
 from x2l.serve.limits import Gate
@@ -78,11 +77,10 @@ def describe_model(name: str, engine: Engine) -> dict[str, Any]:
         modality: Any = assistant.model.modalities[kind]
         modules = [type(module).__name__ for module in modality.interface]
         reads[kind] = " → ".join([part.encoder.name.rsplit(":", 1)[-1], *modules])
-    speech: Any = assistant.model.modalities["speech"] if "speech" in reads else None
     return {
         "model": name,
         "reads": reads,
-        "lookahead": LOOKAHEAD if speech is not None and can_settle(speech) else None,
+        "lookahead": LOOKAHEAD if engine.settles else None,
         "chinese": knows_chinese(assistant.tokenizer),
     }
 
