@@ -6,14 +6,15 @@ Real HTTP on this machine, one thread of computing, float32 unless an override o
 CPU seconds of this process (server, engine and client together), minima of runs in turns, so that other load shows little; ratios
 hold across machines, times do not. Answers run to their full length: no end token. The peers of the first token, each computing
 everything anew as they do: the model's own parts in Hugging Face's way (`generate` of the LLM on embeddings), from the file on;
-and a `Blip2ForConditionalGeneration` with random weights of like size around the same LLM (ViT of 12 x 192, Q-Former of 4 x 384,
-32 queries), from pixels in memory on.
+and a `Blip2ForConditionalGeneration` around the same LLM (ViT-B/16, BERT-base Q-Former, 32 queries; random weights), from pixels in
+memory on, beside a model of ours with the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,12 @@ import torch
 import transformers
 
 from x2l.assistant import Assistant
+from x2l.data.media import decode_image
 from x2l.demo import PHOTOS
+from x2l.encoders.hf import ImageProcessor, VisionEncoder
+from x2l.interfaces.adapter import Adapter
+from x2l.interfaces.qformer import QFormer, import_blip2
+from x2l.modality import Modality
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.engine import Engine
 from x2l.serve.forward import Forward, Plain
@@ -137,37 +143,57 @@ def steps(bench: Bench) -> None:
             line(f"decode step, {what}, 8 x 1 row | 8 rows", 8 * one, eight, 8 * one / eight, 4.0, "ms")
 
 
-def blip2(bench: Bench, prompt: Any) -> Callable[[], Any]:
-    """`generate` of one token by Hugging Face's BLIP-2 around the same LLM, its prompt as long as ours."""
-    llm, queries = bench.assistant.model.llm, 32
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}
-    bridge = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
+def blip2(llm: Any) -> tuple[Any, Modality]:
+    """Hugging Face's BLIP-2 around ``llm``, with random weights, and the same weights as a modality of ours."""
+    vit = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
     config = transformers.Blip2Config(
-        vision_config=sizes | {"image_size": 224, "patch_size": 16},
-        qformer_config=bridge | {"cross_attention_frequency": 1, "encoder_hidden_size": 192},
+        vision_config=vit | {"image_size": 224},
+        qformer_config={"encoder_hidden_size": 768},
         text_config=transformers.LlamaConfig(vocab_size=64, hidden_size=llm.config.hidden_size, num_hidden_layers=1),
-        num_query_tokens=queries,
+        num_query_tokens=32,
         image_token_index=llm.config.vocab_size - 1,
     )
-    model = transformers.Blip2ForConditionalGeneration(config).to(llm.dtype).eval()
-    model.language_model = llm
-    length = prompt.shape[1]
-    ids = torch.tensor([[config.image_token_index] * queries + [5] * (length - queries)])
-    pixels = torch.zeros(1, 3, 224, 224, dtype=llm.dtype)
-    return lambda: model.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    torch.manual_seed(0)
+    peer = transformers.Blip2ForConditionalGeneration(config).to(llm.dtype).eval()
+    torch.nn.init.normal_(peer.query_tokens)
+    former = QFormer(768)
+    import_blip2(peer.state_dict(), former)
+    adapter = Adapter(768, llm.config.hidden_size)
+    adapter.linear.load_state_dict(peer.language_projection.state_dict())
+    peer.language_model = llm
+    return peer, Modality(VisionEncoder(copy.deepcopy(peer.vision_model), layer=-1), [former, adapter]).eval()
 
 
 def first_token(bench: Bench) -> None:
-    """One token about a photo: all new; its embeddings known; asked about before; the same prompt. The peers compute all anew."""
-    photo, model = bench.photos[0], bench.assistant.model
-
-    def embeds() -> Any:
-        return model.embed(bench.assistant.collator.prompt([[user(Part("image", bytes=photo), QUESTIONS[0])]])).embeds
+    """One token about a photo, by the model's own parts and by those of a BLIP-2."""
+    collator, model, llm = bench.assistant.collator, bench.assistant.model, bench.assistant.model.llm
+    batch = collator.prompt([[user(Part("image", bytes=bench.photos[0]), QUESTIONS[0])]])
 
     def parts() -> Any:
-        return model.llm.generate(inputs_embeds=embeds(), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        embeds = model.embed(collator.prompt([[user(Part("image", bytes=bench.photos[0]), QUESTIONS[0])]])).embeds
+        return llm.generate(inputs_embeds=embeds, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-    questions = iter(f"{QUESTIONS[0]} {i}" for i in range(100))
+    first_tokens(bench, "same parts", parts)
+    peer, modality = blip2(llm)
+    processor = ImageProcessor(transformers.BlipImageProcessorPil(size={"height": 224, "width": 224}))
+    pixels = processor([decode_image(bench.photos[0])])["pixel_values"].to(llm.dtype)
+    place = int((batch.input_ids[0] < 0).nonzero())
+    image = torch.full((32,), peer.config.image_token_id)
+    ids = torch.cat([batch.input_ids[0, :place], image, batch.input_ids[0, place + 1 :]])[None]
+
+    def whole() -> Any:
+        return peer.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+    own = model.modalities["image"], collator.processors["image"]
+    model.modalities["image"], collator.processors["image"] = modality, processor
+    first_tokens(bench, "BLIP-2", whole)
+    model.modalities["image"], collator.processors["image"] = own
+
+
+def first_tokens(bench: Bench, name: str, peer: Callable[[], Any]) -> None:
+    """A photo that is new, one whose embeddings are known, one that was asked about before, the same prompt; ``peer`` computes all
+    of it anew each time."""
+    photo, questions = bench.photos[0], iter(f"{QUESTIONS[0]} {i}" for i in range(100))
 
     def ours() -> Any:
         return bench.ask(bench.content(QUESTIONS[0], photo), tokens=1)
@@ -179,23 +205,26 @@ def first_token(bench: Bench) -> None:
         time.sleep(0.3)
         bench.engine.prefixes.clear()
 
+    times: dict[str, float] = {}
     with torch.inference_mode():
-        whole = blip2(bench, embeds())
-        times: dict[str, float] = {}
         for _ in range(5):
-            for name, prepare, work in (
-                ("parts", lambda: None, parts),
-                ("BLIP-2", lambda: None, whole),
+            for way, prepare, work in (
+                ("HF", lambda: None, peer),
                 ("cold", bench.forget, ours),
                 ("photo known", forget_states, ours),
                 ("another question", lambda: None, another),
                 ("prompt known", lambda: None, ours),
             ):
                 prepare()
-                times[name] = min(times.get(name, 1e9), 1e3 * clock(work)[0])
-    for peer in ("parts", "BLIP-2"):
-        for what, goal in (("cold", 1.0), ("photo known", 3.0), ("another question", 3.5), ("prompt known", 3.5)):
-            line(f"first token, HF {peer} | {what}", times[peer], times[what], times[peer] / times[what], goal, "ms")
+                taken, said = clock(work)
+                times[way] = min(times.get(way, 1e9), 1e3 * taken)
+                if way == "HF":
+                    theirs = bench.assistant.tokenizer.decode(said[0, -1:])
+                elif way == "cold":
+                    same = said == theirs
+    print(f"{name}: the first token is {'the same' if same else f'{said!r}, not {theirs!r}'}")
+    for way, goal in (("cold", 1.0), ("photo known", 3.0), ("another question", 3.5), ("prompt known", 3.5)):
+        line(f"first token, HF {name} | {way}", times["HF"], times[way], times["HF"] / times[way], goal, "ms")
 
 
 def decode(bench: Bench) -> None:
