@@ -40,7 +40,7 @@ from x2l.serve.forward import Forward, Plain
 from x2l.serve.intake import EngineConfig
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.server import Server
-from x2l.types import Part, user
+from x2l.types import Media, Part, user
 from x2l.weights import resolve
 
 QUESTIONS = ("Describe this photo.", "What colours are there?", "Is there a person?", "Where was this taken?")
@@ -147,8 +147,8 @@ def blip2(llm: Any) -> tuple[Any, Modality]:
     """Hugging Face's BLIP-2 around ``llm``, with random weights, and the same weights as a modality of ours."""
     vit = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
     config = transformers.Blip2Config(
-        vision_config=vit | {"image_size": 224},
-        qformer_config={"encoder_hidden_size": 768},
+        vision_config=vit | {"image_size": 224, "initializer_range": 0.05},  # by default it gives every picture the same
+        qformer_config={"encoder_hidden_size": 768, "initializer_range": 0.05},
         text_config=transformers.LlamaConfig(vocab_size=64, hidden_size=llm.config.hidden_size, num_hidden_layers=1),
         num_query_tokens=32,
         image_token_index=llm.config.vocab_size - 1,
@@ -164,6 +164,16 @@ def blip2(llm: Any) -> tuple[Any, Modality]:
     return peer, Modality(VisionEncoder(copy.deepcopy(peer.vision_model), layer=-1), [former, adapter]).eval()
 
 
+@torch.inference_mode()
+def check_same(peer: Any, modality: Modality, *pixels: torch.Tensor) -> None:
+    """Two pictures have embeddings of their own, the same by both."""
+    theirs = [peer.get_image_features(one).pooler_output for one in pixels]
+    ours = [modality(Media(inputs={"pixel_values": one})).x for one in pixels]
+    apart, off = (float((a - b).std()) for a, b in ((ours[0], ours[1]), (ours[0], theirs[0])))
+    print(f"BLIP-2: embeddings of two photos are {apart:.3f} apart, ours and Hugging Face's {off:.1e}")
+    assert off < 0.1 * apart
+
+
 def first_token(bench: Bench) -> None:
     """One token about a photo, by the model's own parts and by those of a BLIP-2."""
     collator, model, llm = bench.assistant.collator, bench.assistant.model, bench.assistant.model.llm
@@ -176,7 +186,8 @@ def first_token(bench: Bench) -> None:
     first_tokens(bench, "same parts", parts)
     peer, modality = blip2(llm)
     processor = ImageProcessor(transformers.BlipImageProcessorPil(size={"height": 224, "width": 224}))
-    pixels = processor([decode_image(bench.photos[0])])["pixel_values"].to(llm.dtype)
+    pixels, other = (processor([decode_image(photo)])["pixel_values"].to(llm.dtype) for photo in bench.photos)
+    check_same(peer, modality, pixels, other)
     place = int((batch.input_ids[0] < 0).nonzero())
     image = torch.full((32,), peer.config.image_token_id)
     ids = torch.cat([batch.input_ids[0, :place], image, batch.input_ids[0, place + 1 :]])[None]
@@ -205,7 +216,7 @@ def first_tokens(bench: Bench, name: str, peer: Callable[[], Any]) -> None:
         time.sleep(0.3)
         bench.engine.prefixes.clear()
 
-    times: dict[str, float] = {}
+    times, answers = dict[str, float](), dict[str, str]()
     with torch.inference_mode():
         for _ in range(5):
             for way, prepare, work in (
@@ -218,11 +229,8 @@ def first_tokens(bench: Bench, name: str, peer: Callable[[], Any]) -> None:
                 prepare()
                 taken, said = clock(work)
                 times[way] = min(times.get(way, 1e9), 1e3 * taken)
-                if way == "HF":
-                    theirs = bench.assistant.tokenizer.decode(said[0, -1:])
-                elif way == "cold":
-                    same = said == theirs
-    print(f"{name}: the first token is {'the same' if same else f'{said!r}, not {theirs!r}'}")
+                answers.setdefault(way, bench.assistant.tokenizer.decode(said[0, -1:]) if way == "HF" else said)
+    print(f"{name}: first tokens {answers}")
     for way, goal in (("cold", 1.0), ("photo known", 3.0), ("another question", 3.5), ("prompt known", 3.5)):
         line(f"first token, HF {name} | {way}", times["HF"], times[way], times["HF"] / times[way], goal, "ms")
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -169,45 +169,119 @@ def test_cancelling_stops_the_computing(engine: Engine) -> None:
     assert is_idle(engine)
 
 
+class Layers:
+    """Says which of the two layers of an engine's LLM were computed, for passes over more or fewer than 8 rows; ``when`` is called
+    in the first one."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, when: Callable[[], object], prompts: bool = True):
+        self.seen: list[int] = []
+        first, second = engine.forward.blocks  # type: ignore[attr-defined]
+
+        def watched(number: int, norm: Any) -> Any:
+            def look(x: Any) -> Any:
+                if (len(x) > 8) == prompts:
+                    self.seen.append(number)
+                    if number == 1:
+                        when()
+                return norm(x)
+
+            return look
+
+        blocks = [first._replace(norm=watched(1, first.norm)), second._replace(norm=watched(2, second.norm))]
+        monkeypatch.setattr(engine.forward, "blocks", blocks)
+
+
 @pytest.mark.parametrize("num_prompts", [1, 3])
-def test_a_pass_over_prompts_is_given_up_when_nobody_waits_for_it(
+def test_a_pass_over_prompts_is_given_up_when_others_wait_alone(
     model: Assistant, monkeypatch: pytest.MonkeyPatch, num_prompts: int
 ) -> None:
     """Between its layers; while one of them is waited for it goes on, and the answer in progress loses nothing."""
     talks = [[user(f"{i} is a number.")] for i in range(num_prompts + 1)]
     expected = [alone(model, talk, 9) for talk in talks]
     watched = Watched(model, monkeypatch)
-    engine, passes = watched.engine, list[int]()
+    engine = watched.engine
     first = watched.begin(30)
     answers = [engine.submit(talk, Decode(9)) for talk in talks]
-    first_block, second = engine.forward.blocks
     gone = answers[:num_prompts]
-
-    def leave(x: Any) -> Any:
-        if len(x) > 8:  # no step has so many rows
-            passes.append(1)
-            for answer in gone:
-                answer.cancel()
-        return first_block.norm(x)
-
-    def go_on(x: Any) -> Any:
-        if len(x) > 8:  # no step has so many rows
-            passes.append(2)
-        return second.norm(x)
-
-    monkeypatch.setattr(engine.forward, "blocks", [first_block._replace(norm=leave), second._replace(norm=go_on)])
+    layers = Layers(engine, monkeypatch, lambda: [answer.cancel() for answer in gone])
     watched.go.set()
     assert "".join(answers[-1]) == expected[-1]  # it was computed with those that left
     for answer in gone:
         "".join(answer)
     assert [answer.finish_reason for answer in gone] == ["cancelled"] * num_prompts
-    assert passes == [1, 2]
-    passes.clear()
+    assert layers.seen == [1, 2]
+    layers.seen.clear()
     gone = [engine.submit([user("Nothing.")], Decode(9))]
     assert "".join(gone[0]) == ""
     assert gone[0].finish_reason == "cancelled"
-    assert passes == [1]
+    assert layers.seen == [1]
     assert "".join(first) == alone(model, [user("Hello")], 30)
+    assert is_idle(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("who_waits", ["one who begins alike", "nobody"])
+def test_a_pass_whose_states_are_of_use_is_finished(model: Assistant, monkeypatch: pytest.MonkeyPatch, who_waits: str) -> None:
+    engine, beginning = Engine(model), "One long beginning that both prompts have. "
+    asked, held = [user(beginning + "And then?")], threading.Event()
+    expected = alone(model, asked, 9)
+    later: list[Answer] = []
+
+    def leave() -> None:
+        assert held.wait(20)
+        if not gone.cancelled:
+            gone.cancel()
+            later.extend([engine.submit(asked, Decode(9))] if who_waits != "nobody" else [])
+
+    layers = Layers(engine, monkeypatch, leave)
+    gone = engine.submit([user(beginning + "What?")], Decode(9))
+    held.set()
+    "".join(gone)
+    assert gone.finish_reason == "cancelled"
+    answer = later[0] if later else engine.submit(asked, Decode(9))
+    assert "".join(answer) == expected
+    assert answer.usage.cached > len(beginning)
+    assert layers.seen[:2] == [1, 2]
+    assert is_idle(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "overdue"])
+def test_a_step_is_given_up_when_others_wait_alone(model: Assistant, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """What was decoded before it is kept for later turns; nothing counts as an error."""
+    engine = Engine(model)
+    engine.stops = set()
+    asked, begun, go_on = [user("Tell me")], threading.Event(), threading.Event()
+
+    def leave() -> None:
+        if long.usage.completion == 4 and not begun.is_set():
+            begun.set()
+            assert go_on.wait(20)
+
+    layers = Layers(engine, monkeypatch, leave, prompts=False)
+    long = engine.submit(asked, Decode(200))
+    assert begun.wait(20)
+    job = engine._active[0]
+    short = engine.submit([user("Hello")], Decode(5))
+    if how == "cancelled":
+        long.cancel()
+    else:
+        job.deadline = 0.0
+    layers.seen.clear()
+    go_on.set()
+    if how == "cancelled":
+        said = "".join(long)
+    else:
+        with pytest.raises(EngineError, match="took longer"):
+            "".join(long)
+        said = "So."
+    assert "".join(short) == alone(model, [user("Hello")], 5)
+    assert layers.seen[:2] == [1, 2]  # of the next answer: the step in work had no second layer
+    assert engine.stats.errors == 0
+    for prefix in engine.prefixes._items.values():
+        assert all(keys.shape[2] == values.shape[2] == sum(prefix.lengths) for keys, values in prefix.kv)
+    going_on = [*asked, assistant(said), user("Go on")]
+    assert "".join(engine.submit(going_on, Decode(9))) == alone(model, going_on, 9)
     assert is_idle(engine)
     engine.close()
 

@@ -112,6 +112,18 @@ def test_prompts_side_by_side_are_those_alone(family: str) -> None:
         torch.testing.assert_close(own.layers[-1].keys, other.layers[-1].keys, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("make_forward", [Plain, forward_of])
+@torch.inference_mode()
+def test_prompts_are_given_up(make_forward: Any) -> None:
+    llm = make("llama")
+    ids, caches, asked = torch.arange(6)[None], Caches(llm), iter([False, True])
+    prompts = [Prompt(llm.get_input_embeddings()(ids), ids, caches.load([])) for _ in range(2)]
+    with pytest.raises(GivenUp):
+        make_forward(llm).prompts(prompts, lambda: next(asked))
+    with pytest.raises(GivenUp):
+        make_forward(llm)(*prompts[0], over=lambda: True)
+
+
 @torch.inference_mode()
 def test_a_step_that_is_given_up_leaves_the_rows_as_they_were() -> None:
     llm = make("llama")
@@ -128,6 +140,7 @@ def test_a_step_that_is_given_up_leaves_the_rows_as_they_were() -> None:
             asked = iter([False] * layer + [True])
             with pytest.raises(GivenUp):
                 lanes.step([96, 96], lambda asked=asked: next(asked))  # type: ignore[misc]
+            assert all(layer.keys.shape[2] == layer.values.shape[2] == 12 for layer in lanes._cache.layers)
         found.append((lanes.step([5, 6]), lanes.step([7, 8]), *lanes.states(0)[0]))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

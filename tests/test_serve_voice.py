@@ -358,6 +358,14 @@ def test_a_lookahead_out_of_bounds_or_that_the_model_cannot_do(server: Running, 
     assert ("reads whole recordings only" if lookahead is not True and lookahead == 1.0 else "lookahead") in message
 
 
+@pytest.mark.parametrize("end_silence", [0.1, 11, "1", True])
+def test_an_end_silence_out_of_bounds(server: Running, end_silence: Any) -> None:
+    body = {"model": "x2l", "messages": [{"role": "user", "content": [VOICE]}], "end_silence": end_silence}
+    answer = server.http.post("/v1/voice", json=body)
+    assert answer.status_code == 400
+    assert "end_silence" in check_error(400, answer.content)
+
+
 def test_a_voice_is_no_part_of_other_requests(server: Running) -> None:
     assert server.ask([VOICE]).status_code == 400
 

@@ -120,8 +120,11 @@ class LazyMoonshine(MoonshineEncoder):
 
     @cached_property
     def _quick(self) -> TorchMoonshine:
-        on_cpu = self._network.network.layer_norm.weight.device.type == "cpu"
-        return copy.deepcopy(self._network).bfloat16() if on_cpu and bf16_in_hardware() else self._network
+        if self._network.network.layer_norm.weight.device.type != "cpu" or not bf16_in_hardware():
+            return self._network
+        quick = copy.deepcopy(self._network).bfloat16()
+        quick.network.rotary_emb = self._network.network.rotary_emb  # its frequencies are too coarse in bfloat16
+        return quick
 
     def forward(self, waves: Tensor, lengths: Tensor) -> Features:
         """As `TorchMoonshine.forward`, on the device of ``waves``."""

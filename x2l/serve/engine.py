@@ -24,7 +24,7 @@ from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
 from x2l.serve.forward import GivenUp, Prompt, forward_of
 from x2l.serve.intake import DecodeMedia, EngineConfig, Intake, Stats
-from x2l.serve.job import Job, all_over
+from x2l.serve.job import Job
 from x2l.serve.lanes import Caches, Lanes
 from x2l.serve.store import KV, EmbeddingStore, Prefix, PrefixStore
 from x2l.types import Features, Media, Message, Part
@@ -293,7 +293,7 @@ class Engine:
     def _read(self, group: Sequence[Job]) -> int:
         """Compute each prompt's next chunk, and with its end the answer's first token; returns how many positions that were.
 
-        What fails is rejected: all of them, if the pass does. A pass that nobody waits for any more is given up.
+        What fails is rejected: all of them, if the pass does. A pass in vain is given up.
         """
         prompts = []
         for job in group:
@@ -302,9 +302,8 @@ class Engine:
             positions = torch.arange(start, end, device=self.model.device)[None]
             prompts.append(Prompt(job.embeds[:, start:end], positions, job.cache))
         try:
-            rows = self.forward.prompts(prompts, partial(all_over, group)).split(1)
+            rows = self.forward.prompts(prompts, partial(self._in_vain, group)).split(1)
         except GivenUp:
-            self._drop()
             return self.config.prefill_chunk
         except Exception as error:
             self._reject(group, error)
@@ -327,6 +326,19 @@ class Engine:
         self._filling.remove(job)
         if not ended:
             self._ready.append(job)
+
+    def _in_vain(self, group: Sequence[Job]) -> bool:
+        """Whether nobody waits for ``group`` any more, and somebody else waits who has no use for its states.
+
+        With nobody else, what has begun is finished: whoever left may come again, as a spoken turn does that was not over.
+        """
+        now = time.monotonic()
+        if not all(job.over(now) for job in group):
+            return False
+        with self._wake:
+            behind = [job for job in [*self._waiting, *self._filling] if not job.over(now)]
+        others = [*behind, *(job for job in self._active if not job.over(now))]
+        return bool(others) and not any(job.shared(mine) >= mine.length + SHARED for job in behind for mine in group)
 
     def _seen(self, job: Job) -> bool:
         """Whether no interface has to run for its media."""
@@ -359,9 +371,8 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            logits = self._lanes.step([job.ids[-1] for job in self._active], partial(all_over, self._active))
+            logits = self._lanes.step([job.ids[-1] for job in self._active], partial(self._in_vain, self._active))
         except GivenUp:
-            self._drop()
             return
         self.stats.steps += 1
         greedy = logits.float().argmax(-1).tolist()  # in bfloat16 argmax takes twice as long

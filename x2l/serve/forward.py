@@ -27,10 +27,10 @@ LIKE_LLAMA = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwe
 
 
 class GivenUp(Exception):
-    """Nobody waits any more for what was being computed."""
+    """What was being computed is of no use any more."""
 
 
-Over = Callable[[], bool]  # whether nobody waits any more
+Over = Callable[[], bool]  # whether it is
 
 
 def never() -> bool:
@@ -49,7 +49,8 @@ class Prompt(NamedTuple):
 class Forward(Protocol):
     """What computes new positions: of rows that are as long, or of prompts that are not.
 
-    A pass asks between layers whether it is ``over``; if so, it ends with `GivenUp`, and some layers hold more states than others.
+    A pass asks now and then, `Llama`'s before each layer, whether it is ``over``; if so, it ends with `GivenUp`, and some layers of
+    the cache hold more states than others.
     """
 
     def __call__(
@@ -91,7 +92,7 @@ def forward_of(llm: Any, packed_bytes: int = 0, weight_bits: int = 16) -> Forwar
 
 
 class Plain:
-    """Hugging Face's own forward pass, which is never given up but between two prompts."""
+    """Hugging Face's own forward pass, which asks once, before it begins."""
 
     def __init__(self, llm: Any):
         self.llm, self.cache_name = llm, cache_name(llm)

@@ -118,7 +118,10 @@ class Intake:
         else:
             generator.manual_seed(decode.seed)
         deadline = time.monotonic() + self.config.request_seconds
-        return Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self._text, decode.stop), deadline)
+        job = Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self._text, decode.stop), deadline)
+        if all(item.embeds is not None for item in items):
+            job.mark()
+        return job
 
     def check_context(self, length: int, decode: Decode) -> None:
         """Refuse a prompt of ``length`` positions that leaves no room for its answer.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +85,18 @@ class Job:
         return self.answer.cancelled or now > self.deadline
 
     def shared(self, other: Job) -> int:
-        """Positions that both prompts begin with."""
+        """Positions that both prompts begin with, as far as both have been marked."""
         return sum(self.widths[: common(self.symbols, other.symbols)])
 
+    def mark(self) -> None:
+        """Say what stands in the prompt; all items' embeddings are known. Sets symbols and widths."""
+        items = iter(self.items)
+        marks: list[tuple[Hashable, int]] = [mark for i in self.row.ids for mark in ([(i, 1)] if i >= 0 else next(items).marks)]
+        self.symbols, self.widths = (self.owner, *(m[0] for m in marks)), (0, *(m[1] for m in marks))
+
     def lay_out(self, model: XLLM) -> None:
-        """Splice the items' embeddings into the prompt's; sets embeds, symbols, widths and the answer's counts."""
+        """Splice the items' embeddings into the prompt's; sets embeds and the answer's counts, too."""
+        self.mark()
         ids = torch.tensor([self.row.ids], device=model.device)
         text = model.llm.get_input_embeddings()(ids.clamp_min(0))
         by_name: dict[str, list[Tensor]] = {}
@@ -100,14 +106,5 @@ class Job:
         media = {model.sentinels[name]: stack(embeds) for name, embeds in by_name.items()}
         reach = torch.full_like(ids, ids.shape[1])
         self.embeds = splice(ids, ids, reach, text, media).embeds
-        items = iter(self.items)
-        marks: list[tuple[Hashable, int]] = [mark for i in self.row.ids for mark in ([(i, 1)] if i >= 0 else next(items).marks)]
-        self.symbols, self.widths = (self.owner, *(m[0] for m in marks)), (0, *(m[1] for m in marks))
         self.prompt_length = self.answer.usage.prompt = self.embeds.shape[1]
         self.answer.usage.media = {name: sum(map(len, embeds)) for name, embeds in by_name.items()}
-
-
-def all_over(jobs: Sequence[Job]) -> bool:
-    """Whether nobody waits for any of ``jobs`` any more."""
-    now = time.monotonic()
-    return all(job.over(now) for job in jobs)

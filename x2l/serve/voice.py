@@ -27,13 +27,12 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from x2l.modalities.hearing import STEP, Hearing
-from x2l.modality import Modality
 from x2l.serve.answer import Answer, Decode, RequestError
 from x2l.serve.chat import abandon, submit
 from x2l.serve.engine import Engine
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST = Decode(max_new_tokens=1)  # enough to compute a prompt
 WORTHWHILE = 32  # embeddings that the LLM takes in at a time: a pass over fewer, or over so many more at the end, costs little but
-# the reading of its weights, and whoever ends while it is in work waits for it
+# the reading of its weights, and whoever ends while it is in work waits for it, as its states are of use
 
 
 def wav(pcm: bytes) -> bytes:
@@ -63,9 +62,6 @@ def _sound(pcm: bytes) -> np.ndarray:
     return np.frombuffer(pcm, "<i2").astype(np.float32) / 32_768
 
 
-_open: WeakSet[Modality] = WeakSet()  # speech modalities that have heard something
-
-
 class Ear:
     """The speech interface on one growing recording, outside the engine's thread; a recording begins with what earlier calls were
     given."""
@@ -77,12 +73,9 @@ class Ear:
         self._modality: Any = engine.model.modalities["speech"]
         self._done: list[np.ndarray] = []  # features of the encoder's windows that are complete
 
-    @torch.inference_mode()
-    def open(self, pcm: bytes) -> None:
-        """Have what the interface makes or fetches when it first hears something, before anything is said."""
-        if self._modality not in _open:
-            self._modality(Media(inputs=self._engine.assistant.collator.processors["speech"]([np.zeros(STEP, np.float32)])))
-            _open.add(self._modality)
+    def open(self) -> None:
+        """Read a moment of silence, so that all is there that the interface makes or fetches when it first hears something."""
+        self._read(np.zeros(STEP, np.float32), [])
 
     def due(self, samples: int) -> bool:
         """Whether a `step` should be taken of a recording of so many samples."""
@@ -91,7 +84,6 @@ class Ear:
     def step(self, pcm: bytes) -> None:
         """Settle a little more."""
 
-    @torch.inference_mode()
     def read(self, pcm: bytes) -> Part:
         """The recording so far, read as its file would be; its embeddings are put among the engine's.
 
@@ -101,15 +93,18 @@ class Ear:
         blob = wav(pcm)
         key = content_key("speech", blob)
         if self._engine.embeddings.get(key) is None:
-            sound = _sound(pcm)
             with _refusing(pcm):
-                if grow := getattr(self._modality.encoder, "grow", None):
-                    media = Media(features=grow(sound, self._done))
-                else:
-                    media = Media(inputs=self._engine.assistant.collator.processors["speech"]([sound]))
-                read: Features = self._modality(media)
-            self._engine.embeddings.put(key, read.x[0, : int(read.lengths[0])].clone())
+                self._engine.embeddings.put(key, self._read(_sound(pcm), self._done))
         return Part("speech", bytes=blob)
+
+    @torch.inference_mode()
+    def _read(self, sound: np.ndarray, done: list[np.ndarray]) -> Tensor:
+        if grow := getattr(self._modality.encoder, "grow", None):
+            media = Media(features=grow(sound, done))
+        else:
+            media = Media(inputs=self._engine.assistant.collator.processors["speech"]([sound]))
+        read: Features = self._modality(media)
+        return read.x[0, : int(read.lengths[0])].clone()
 
 
 class EarlyEar(Ear):
@@ -126,6 +121,10 @@ class EarlyEar(Ear):
         self._hearing = Hearing(self._modality, lookahead)
         self._sha = hashlib.sha256(f"after {self._hearing.lookahead} samples".encode())  # of all that it has settled
         self._pieces: list[Piece] = []
+
+    def open(self) -> None:
+        """As `Ear.open`, of what settles."""
+        Hearing(self._modality, 1.0).step(torch.zeros(STEP))
 
     def due(self, samples: int) -> bool:
         """Whether a `step` should be taken of a recording of so many samples."""
@@ -235,7 +234,6 @@ class VoiceTurn:
             self._settling = _in_advance(self._settle())
         paused = 0 < self.pauses.voiced_until <= self.pauses.samples - TAIL
         if paused and self._ahead is None and self._has_room():
-            self._stop_taking_in()  # the answer's prompt has all of it
             self._ahead = self.pauses.kept, asyncio.ensure_future(self._answer(self.pauses.kept))
 
     async def answer(self) -> Answer:
@@ -271,7 +269,7 @@ class VoiceTurn:
             task.cancel()
 
     async def _open(self) -> None:
-        await self._run(self._ear.open, 0)
+        await self._run(lambda _: self._ear.open(), 0)
         await self._settle()
 
     async def _settle(self) -> None:
@@ -279,31 +277,22 @@ class VoiceTurn:
         while self._ear.due(self.pauses.kept):
             await self._run(self._ear.step, self.pauses.kept)
             settled = self._ear.settled
-            idle = (self._taking_in is None or self._taking_in.done()) and self._ahead is None and self._has_room()
-            if settled is not None and settled.num_embeds - self._num_taken_in >= WORTHWHILE and idle:
-                self._taking_in = _in_advance(self._take_in(settled))
+            idle = self._taking_in is None or self._taking_in.done()
+            if settled is not None and settled.num_embeds - self._num_taken_in >= WORTHWHILE and idle and self._has_room():
+                self._num_taken_in, self._taking_in = settled.num_embeds, _in_advance(self._take_in(settled))
 
     async def _take_in(self, settled: EarlyPart) -> None:
-        before, self._num_taken_in = self._num_taken_in, settled.num_embeds
+        prompt = await submit(self.engine, self._with(settled), FIRST, self.owner, settled)
         try:
-            prompt = await submit(self.engine, self._with(settled), FIRST, self.owner, settled)
-            try:
-                async for _ in prompt:
-                    pass
-            finally:
-                prompt.cancel()
-        except asyncio.CancelledError:
-            self._num_taken_in = before
-            raise
+            async for _ in prompt:
+                pass
+        finally:
+            prompt.cancel()
 
     def _stop_settling(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
-        self._stop_taking_in()
-
-    def _stop_taking_in(self) -> None:
-        if self._taking_in is not None:
-            self._taking_in.cancel()
+        for task in (self._settling, self._taking_in):
+            if task is not None:
+                task.cancel()
 
     async def _answer(self, samples: int) -> Answer:
         while self._ear.due(samples):

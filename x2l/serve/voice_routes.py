@@ -113,7 +113,11 @@ def add_voice(
         how, messages = decode(body), await reader.messages(body.messages)
         turn = VoiceTurn(engine, messages, body.place, how, request.state.owner, workers, body.end_silence, body.lookahead)
         await turn.begin()
-        ticket = turns.add(turn)
+        try:
+            ticket = turns.add(turn)
+        except ApiError:
+            turn.close()
+            raise
         return VoiceOut(
             url=f"{PATH}/{ticket}",
             sample_rate=RATE,
