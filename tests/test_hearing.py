@@ -522,6 +522,40 @@ def test_what_the_llm_was_given_in_advance_is_dropped_with_the_turn(model: Assis
     turns.run(scene)
 
 
+def test_an_answer_in_advance_takes_the_place_of_what_the_llm_takes_in(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is room for one more alone; if the person goes on, the answer is that to all that was said."""
+    turns, go_on, lay_out = Turn(model, monkeypatch), threading.Event(), Job.lay_out
+    monkeypatch.setattr(voice, "WORTHWHILE", 8)
+    monkeypatch.setattr(turns.engine, "config", EngineConfig(max_batch=4))
+    pcm = spoken(3.0, seed=3) + bytes(2 * RATE) + spoken(4.0, seed=5)
+
+    def waiting(job: Job, *args: Any) -> None:
+        assert go_on.wait(60)
+        lay_out(job, *args)
+
+    async def scene(turn: VoiceTurn) -> str:
+        monkeypatch.setattr(Job, "lay_out", waiting)
+        turns.engine.submit([user("Hi")], Decode(max_new_tokens=1))
+        while turns.engine._waiting:
+            await asyncio.sleep(0.01)
+        turn.hear(pcm[: 6 * RATE])
+        while not turns.engine._waiting:
+            await asyncio.sleep(0.01)
+        (job,) = turns.engine._waiting
+        turn.hear(pcm[6 * RATE : 7 * RATE])
+        while len(turns.engine._waiting) < 2 or not job.answer.cancelled:
+            await asyncio.sleep(0.01)
+        assert turn.ahead
+        turn.hear(pcm[7 * RATE :])
+        assert not turn.ahead
+        go_on.set()
+        return await said(turn)
+
+    answer = turns.run(scene)
+    monkeypatch.undo()
+    assert answer == settled_answer(model, wav(pcm), 0.5, 12)
+
+
 def test_one_turn_takes_one_worker(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them, one of which a step of one turn holds: another turn is read all the same."""
     held, go_on = threading.Event(), threading.Event()

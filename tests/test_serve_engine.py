@@ -222,7 +222,7 @@ def test_a_pass_over_prompts_is_given_up_when_others_wait_alone(
 
 @pytest.mark.parametrize("who_waits", ["one who begins alike", "nobody"])
 def test_a_pass_whose_states_are_of_use_is_finished(model: Assistant, monkeypatch: pytest.MonkeyPatch, who_waits: str) -> None:
-    engine, beginning = Engine(model), "One long beginning that both prompts have. "
+    engine, beginning = Engine(model), "One long beginning that both prompts have. " * 4
     asked, held = [user(beginning + "And then?")], threading.Event()
     expected = alone(model, asked, 9)
     later: list[Answer] = []

@@ -31,6 +31,7 @@ from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
 SHARED = 32  # positions beyond those whose states are known: a prompt that has so many in common with one in work waits for it
+WORTH_FINISHING = 128  # positions of use to somebody else for which a pass in vain goes on: fewer take less than the rest of it
 STALLED = 120.0  # seconds without a turn of the loop while there is work, after which the engine counts as dead
 
 
@@ -328,7 +329,7 @@ class Engine:
             self._ready.append(job)
 
     def _in_vain(self, group: Sequence[Job]) -> bool:
-        """Whether nobody waits for ``group`` any more, and somebody else waits who has no use for its states.
+        """Whether nobody waits for ``group`` any more, and somebody else does who has little use for its states.
 
         With nobody else, what has begun is finished: whoever left may come again, as a spoken turn does that was not over.
         """
@@ -338,7 +339,7 @@ class Engine:
         with self._wake:
             behind = [job for job in [*self._waiting, *self._filling] if not job.over(now)]
         others = [*behind, *(job for job in self._active if not job.over(now))]
-        return bool(others) and not any(job.shared(mine) >= mine.length + SHARED for job in behind for mine in group)
+        return bool(others) and not any(job.shared(mine) >= mine.length + WORTH_FINISHING for job in behind for mine in group)
 
     def _seen(self, job: Job) -> bool:
         """Whether no interface has to run for its media."""

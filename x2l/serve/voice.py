@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST = Decode(max_new_tokens=1)  # enough to compute a prompt
 WORTHWHILE = 32  # embeddings that the LLM takes in at a time: a pass over fewer, or over so many more at the end, costs little but
-# the reading of its weights, and whoever ends while it is in work waits for it, as its states are of use
+# the reading of its weights, and whoever ends while it is in work waits for a layer of it, or loses it
 
 
 def wav(pcm: bytes) -> bytes:
@@ -234,6 +234,7 @@ class VoiceTurn:
             self._settling = _in_advance(self._settle())
         paused = 0 < self.pauses.voiced_until <= self.pauses.samples - TAIL
         if paused and self._ahead is None and self._has_room():
+            self._stop_taking_in()  # it would be waited for, and the answer's prompt has all of it
             self._ahead = self.pauses.kept, asyncio.ensure_future(self._answer(self.pauses.kept))
 
     async def answer(self) -> Answer:
@@ -259,7 +260,8 @@ class VoiceTurn:
 
     def _has_room(self) -> bool:
         """What may be dropped must not take the place of another's answer."""
-        return 2 * self.engine.load[1] < self.engine.config.max_batch
+        mine = self._taking_in is not None and not self._taking_in.done()
+        return 2 * (self.engine.load[1] - mine) < self.engine.config.max_batch
 
     def _drop(self) -> None:
         if self._ahead is not None:
@@ -277,7 +279,7 @@ class VoiceTurn:
         while self._ear.due(self.pauses.kept):
             await self._run(self._ear.step, self.pauses.kept)
             settled = self._ear.settled
-            idle = self._taking_in is None or self._taking_in.done()
+            idle = self._ahead is None and (self._taking_in is None or self._taking_in.done())
             if settled is not None and settled.num_embeds - self._num_taken_in >= WORTHWHILE and idle and self._has_room():
                 self._num_taken_in, self._taking_in = settled.num_embeds, _in_advance(self._take_in(settled))
 
@@ -290,9 +292,13 @@ class VoiceTurn:
             prompt.cancel()
 
     def _stop_settling(self) -> None:
-        for task in (self._settling, self._taking_in):
-            if task is not None:
-                task.cancel()
+        if self._settling is not None:
+            self._settling.cancel()
+        self._stop_taking_in()
+
+    def _stop_taking_in(self) -> None:
+        if self._taking_in is not None:
+            self._taking_in.cancel()
 
     async def _answer(self, samples: int) -> Answer:
         while self._ear.due(samples):
