@@ -47,6 +47,18 @@ def test_the_same_products(dtype: torch.dtype, bias: bool, outs: tuple[int, ...]
     assert error <= 2 * bound + 1e-6
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_products_of_any_number_of_rows(bias: bool) -> None:
+    """Those that are padded included: each row is its own."""
+    group = layers(64, 32, 33, bias=bias)
+    for num_rows in range(1, 20):
+        x = torch.randn(num_rows, 96)
+        found = Product(group)(x)
+        assert found.shape == (num_rows, 129)
+        torch.testing.assert_close(found.double(), exact(group, x), rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_too_large_or_of_another_type_is_left_alone() -> None:
     groups = [layers(200), layers(33)]
     assert [type(product) for product in pack(groups, size(groups))] == [PackedProduct] * 2
