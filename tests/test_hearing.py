@@ -254,7 +254,8 @@ def test_with_nothing_settled_it_is_what_the_file_gives(
     vars(modality.encoder).pop("_quick", None)
     wave = sound(seconds)
     settled, rest = Hearing(modality, lookahead=100).read(wave)
-    del vars(modality.encoder)["_quick"]
+    assert ("_quick" in vars(modality.encoder)) == rounded
+    vars(modality.encoder).pop("_quick", None)
     assert settled == []
     assert rest.dtype == torch.float32
     assert len(rest) < 3 or rest.std(0).min() > 1e-3, "embeddings differ, so that a mix-up would show"
@@ -375,24 +376,16 @@ def test_a_spoken_turn_that_settles(model: Assistant, monkeypatch: pytest.Monkey
 
 
 class Turn:
-    """A spoken turn on an engine of its own, and what its encoder was given, unless it is ``opened`` already; ``before`` is called
-    ahead of each read."""
+    """A spoken turn on an engine of its own, and what its encoder was given; ``before`` is called ahead of each read."""
 
-    def __init__(
-        self,
-        model: Assistant,
-        monkeypatch: pytest.MonkeyPatch,
-        before: Callable[[int], object] = lambda samples: None,
-        opened: bool = True,
-    ):
-        self.engine, self.reads, self.workers, self.opening = Engine(model), list[int](), ThreadPoolExecutor(2), opened
+    def __init__(self, model: Assistant, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object] = lambda samples: None):
+        self.engine, self.reads, self.workers = Engine(model), list[int](), ThreadPoolExecutor(2)
         encoder: Any = model.model.modalities["speech"].encoder
         resume = encoder.resume
 
         def counting(wave: Tensor, past: Past) -> Tensor:
-            if not self.opening:
-                before(len(wave))
-                self.reads.append(len(wave))
+            before(len(wave))
+            self.reads.append(len(wave))
             frames: Tensor = resume(wave, past)
             return frames
 
@@ -402,9 +395,6 @@ class Turn:
         async def played() -> Any:
             turn = VoiceTurn(self.engine, [VOICE], 0, Decode(12), "", self.workers, lookahead=0.5)
             await turn.begin()
-            while self.opening and turn._settling is not None and not turn._settling.done():
-                await asyncio.sleep(0.01)
-            self.opening = False
             while self.engine.load[1]:
                 await asyncio.sleep(0.01)
             return await scene(turn)
@@ -433,13 +423,24 @@ def test_a_turn_opens_the_interface_before_anything_is_said(model: Assistant, mo
     vars(speech.encoder).pop("_quick", None)
 
     async def scene(turn: VoiceTurn) -> None:
+        turn.open()
         turn.hear(spoken(1.2, seed=1))
         await settled(turn)
 
-    turns = Turn(model, monkeypatch, opened=False)
+    turns = Turn(model, monkeypatch)
+    monkeypatch.setattr(moonshine_torch, "bf16_in_hardware", lambda: True)
     turns.run(scene)
     assert turns.reads == [STEP, STEP, 2 * STEP]
     assert "_quick" in vars(speech.encoder)
+
+
+def test_the_first_turn_of_a_kind_opens_the_interface(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[type] = []
+    monkeypatch.setattr(VoiceTurn, "open", lambda turn: opened.append(type(turn._ear)))
+    with running(model) as up:
+        for lookahead in (None, 1.0, None, 2.0):
+            ticket(up, lookahead=lookahead)
+    assert opened == [voice.Ear, voice.EarlyEar]
 
 
 def test_what_is_settled_is_not_computed_twice(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,9 +220,12 @@ def test_a_pass_over_prompts_is_given_up_when_others_wait_alone(
     engine.close()
 
 
-@pytest.mark.parametrize("who_waits", ["one who begins alike", "nobody"])
-def test_a_pass_whose_states_are_of_use_is_finished(model: Assistant, monkeypatch: pytest.MonkeyPatch, who_waits: str) -> None:
-    engine, beginning = Engine(model), "One long beginning that both prompts have. " * 4
+@pytest.mark.parametrize(("who_waits", "chunk"), [("one who begins alike", 512), ("nobody", 512), ("one who begins alike", 64)])
+def test_a_pass_whose_states_are_of_use_is_finished(
+    model: Assistant, monkeypatch: pytest.MonkeyPatch, who_waits: str, chunk: int
+) -> None:
+    """Unless it is only a chunk of a prompt: nothing is kept of these."""
+    engine, beginning = Engine(model, EngineConfig(prefill_chunk=chunk)), "One long beginning that both prompts have. " * 4
     asked, held = [user(beginning + "And then?")], threading.Event()
     expected = alone(model, asked, 9)
     later: list[Answer] = []
@@ -240,8 +243,8 @@ def test_a_pass_whose_states_are_of_use_is_finished(model: Assistant, monkeypatc
     assert gone.finish_reason == "cancelled"
     answer = later[0] if later else engine.submit(asked, Decode(9))
     assert "".join(answer) == expected
-    assert answer.usage.cached > len(beginning)
-    assert layers.seen[:2] == [1, 2]
+    assert (answer.usage.cached > len(beginning)) == (chunk == 512)
+    assert layers.seen[:2] == ([1, 2] if chunk == 512 else [1, 1])
     assert is_idle(engine)
     engine.close()
 

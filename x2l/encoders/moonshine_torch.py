@@ -1,6 +1,7 @@
 """Moonshine tiny's encoder in torch, so that stage 1 can train it: as X-LLM does, encoder first, frozen ever after.
 
-The same function as `x2l.encoders.moonshine.MoonshineEncoder`, in float32 where that one computes in int8.
+The same function as `x2l.encoders.moonshine.MoonshineEncoder`, in float32 where that one computes in int8 (in bfloat16 for
+recordings that are still being made).
 """
 
 from __future__ import annotations
@@ -120,10 +121,8 @@ class LazyMoonshine(MoonshineEncoder):
 
     @cached_property
     def _quick(self) -> TorchMoonshine:
-        if self._network.network.layer_norm.weight.device.type != "cpu" or not bf16_in_hardware():
-            return self._network
-        quick = copy.deepcopy(self._network).bfloat16()
-        quick.network.rotary_emb = self._network.network.rotary_emb  # its frequencies are too coarse in bfloat16
+        quick, frequencies = copy.deepcopy(self._network).cpu(), copy.deepcopy(self._network.network.rotary_emb).cpu()
+        quick.bfloat16().network.rotary_emb = frequencies  # they are too coarse in bfloat16
         return quick
 
     def forward(self, waves: Tensor, lengths: Tensor) -> Features:
@@ -132,8 +131,9 @@ class LazyMoonshine(MoonshineEncoder):
         return features
 
     def resume(self, wave: Tensor, past: Past) -> Tensor:
-        """As `TorchMoonshine.resume`, in bfloat16 where the processor multiplies in it."""
-        return self._quick.resume(wave, past)
+        """As `TorchMoonshine.resume`, on the device of ``wave``; in bfloat16 on a processor that multiplies in it."""
+        quick = wave.device.type == "cpu" and bf16_in_hardware()
+        return (self._quick if quick else self._network.to(wave.device)).resume(wave, past)
 
     def _encode(self, window: np.ndarray) -> np.ndarray:
         return self._network._encode(window)

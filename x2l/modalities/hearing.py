@@ -90,7 +90,7 @@ class Hearing:
         """What comes after the settled places: the frames (1, F, C) that CIF integrates, and embeddings (U, D)."""
         for past in (self._frames, self._context, *self._pasts):
             past.begin()
-        encoded = self._encoder.resume(wave, self._frames).to(self._device)
+        encoded = self._encoder.resume(wave.to(self._device), self._frames)
         lengths = torch.tensor([encoded.shape[1]], device=self._device)
         _, frames, _ = self._listener.frames(Features(encoded, lengths), self._context)
         fired, _ = self._listener.cif.stream(self._cif, frames, last=True)

@@ -70,7 +70,7 @@ class Answer:
         self._wake: Callable[[], object] = lambda: None
 
     def cancel(self) -> None:
-        """Stop computing; takes effect before the next decode step, or between two layers where others wait."""
+        """Stop computing; takes effect before the next decode step, and mostly earlier where others wait."""
         self.cancelled = True
 
     def put(self, item: str | Exception | None) -> None:

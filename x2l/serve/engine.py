@@ -31,7 +31,9 @@ from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
 SHARED = 32  # positions beyond those whose states are known: a prompt that has so many in common with one in work waits for it
-WORTH_FINISHING = 128  # positions of use to somebody else for which a pass in vain goes on: fewer take less than the rest of it
+# Positions of use to somebody else for which a pass goes on that nobody waits for. Fewer cost them little beside the reading of the
+# weights, which they have before them anyway; how much of the pass is left is not asked.
+WORTH_FINISHING = 128
 STALLED = 120.0  # seconds without a turn of the loop while there is work, after which the engine counts as dead
 
 
@@ -329,17 +331,19 @@ class Engine:
             self._ready.append(job)
 
     def _in_vain(self, group: Sequence[Job]) -> bool:
-        """Whether nobody waits for ``group`` any more, and somebody else does who has little use for its states.
+        """Whether nobody waits for ``group`` any more, others do, and none of them has much use for the states of a prompt that
+        this pass completes: those alone are kept.
 
-        With nobody else, what has begun is finished: whoever left may come again, as a spoken turn does that was not over.
+        With no others, what has begun is finished: whoever left may come again, as a spoken turn does that was not over.
         """
         now = time.monotonic()
         if not all(job.over(now) for job in group):
             return False
         with self._wake:
             behind = [job for job in [*self._waiting, *self._filling] if not job.over(now)]
-        others = [*behind, *(job for job in self._active if not job.over(now))]
-        return bool(others) and not any(job.shared(mine) >= mine.length + WORTH_FINISHING for job in behind for mine in group)
+        others = [*behind, *(job for job in [*self._active, *self._ready] if not job.over(now))]
+        kept = [mine for mine in group if mine.prompt_length - mine.length <= self.config.prefill_chunk]
+        return bool(others) and not any(job.shared(mine) >= mine.length + WORTH_FINISHING for job in behind for mine in kept)
 
     def _seen(self, job: Job) -> bool:
         """Whether no interface has to run for its media."""

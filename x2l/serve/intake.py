@@ -119,8 +119,7 @@ class Intake:
             generator.manual_seed(decode.seed)
         deadline = time.monotonic() + self.config.request_seconds
         job = Job(Answer(), row, items, decode, owner, limit, generator, TextStream(self._text, decode.stop), deadline)
-        if all(item.embeds is not None for item in items):
-            job.mark()
+        job.mark()
         return job
 
     def check_context(self, length: int, decode: Decode) -> None:

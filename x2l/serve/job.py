@@ -85,13 +85,17 @@ class Job:
         return self.answer.cancelled or now > self.deadline
 
     def shared(self, other: Job) -> int:
-        """Positions that both prompts begin with, as far as both have been marked."""
+        """Positions that both prompts begin with, as far as both are marked."""
         return sum(self.widths[: common(self.symbols, other.symbols)])
 
     def mark(self) -> None:
-        """Say what stands in the prompt; all items' embeddings are known. Sets symbols and widths."""
-        items = iter(self.items)
-        marks: list[tuple[Hashable, int]] = [mark for i in self.row.ids for mark in ([(i, 1)] if i >= 0 else next(items).marks)]
+        """Say what stands in the prompt, up to the first item whose embeddings are not known; sets symbols and widths."""
+        items, marks = iter(self.items), list[tuple[Hashable, int]]()
+        for i in self.row.ids:
+            item = next(items) if i < 0 else None
+            if item is not None and item.embeds is None:
+                break
+            marks += [(i, 1)] if item is None else item.marks
         self.symbols, self.widths = (self.owner, *(m[0] for m in marks)), (0, *(m[1] for m in marks))
 
     def lay_out(self, model: XLLM) -> None:

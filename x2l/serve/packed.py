@@ -22,9 +22,7 @@ from torch.nn import functional as F
 from x2l.devices import bf16_in_hardware
 
 FLOAT32_ROWS = range(3, 65)  # for which a packed product is the faster one in float32
-SLOW_ROWS = range(
-    7, 16
-)  # for which MKL's product in float32 takes longer than for 16: all layers of Qwen 0.5B 490 ms for 14, 317 for 16
+SLOW_ROWS = range(7, 16)  # for which MKL's product in float32 takes longer than for 16: a pass of Qwen 0.5B 490 for 317 ms
 HINT = 64  # rows that the layout is made for; any number may come
 FEW_ROWS = 4  # for which fewer bits are the faster ones: all layers of tiny 10, 13 and 18 ms for 1, 2 and 4 rows in 4 bits, 21, 23
 # and 27 in 8, packed 35 (with the memory busy)
@@ -95,7 +93,8 @@ class Product:
         if num_rows in self.slow_rows:
             rows = F.pad(rows, (0, 0, 0, self.slow_rows.stop - num_rows))
         outs = [F.linear(rows, layer.weight, layer.bias) for layer in self.layers]
-        return (outs[0] if len(outs) == 1 else torch.cat(outs, -1))[:num_rows]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+        return out if len(out) == num_rows else out[:num_rows]
 
 
 class PackedProduct(Product):

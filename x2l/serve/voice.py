@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FIRST = Decode(max_new_tokens=1)  # enough to compute a prompt
 WORTHWHILE = 32  # embeddings that the LLM takes in at a time: a pass over fewer, or over so many more at the end, costs little but
-# the reading of its weights, and whoever ends while it is in work waits for a layer of it, or loses it
+# the reading of its weights, and whoever ends while it is in work has no use for it
 
 
 def wav(pcm: bytes) -> bytes:
@@ -208,6 +208,7 @@ class VoiceTurn:
         self._settling: asyncio.Task[None] | None = None
         self._taking_in: asyncio.Task[None] | None = None  # what is settled, by the LLM
         self._num_taken_in = 0  # embeddings
+        self._num_mine = 0  # prompts in the engine that the answer's takes the place of
 
     @property
     def ahead(self) -> bool:
@@ -222,6 +223,9 @@ class VoiceTurn:
         """
         last = self.messages[-1]
         await submit(self.engine, self.messages, FIRST, self.owner, last.content[self.place])
+
+    def open(self) -> None:
+        """Begin to make what the interface has not until it first hears something, before anything is said."""
         self._settling = _in_advance(self._open())
 
     def hear(self, pcm: bytes) -> None:
@@ -260,8 +264,7 @@ class VoiceTurn:
 
     def _has_room(self) -> bool:
         """What may be dropped must not take the place of another's answer."""
-        mine = self._taking_in is not None and not self._taking_in.done()
-        return 2 * (self.engine.load[1] - mine) < self.engine.config.max_batch
+        return 2 * (self.engine.load[1] - self._num_mine) < self.engine.config.max_batch
 
     def _drop(self) -> None:
         if self._ahead is not None:
@@ -281,14 +284,17 @@ class VoiceTurn:
             settled = self._ear.settled
             idle = self._ahead is None and (self._taking_in is None or self._taking_in.done())
             if settled is not None and settled.num_embeds - self._num_taken_in >= WORTHWHILE and idle and self._has_room():
-                self._num_taken_in, self._taking_in = settled.num_embeds, _in_advance(self._take_in(settled))
+                self._taking_in = _in_advance(self._take_in(settled))
 
     async def _take_in(self, settled: EarlyPart) -> None:
         prompt = await submit(self.engine, self._with(settled), FIRST, self.owner, settled)
+        self._num_mine = 1
         try:
             async for _ in prompt:
                 pass
+            self._num_taken_in = settled.num_embeds
         finally:
+            self._num_mine = 0
             prompt.cancel()
 
     def _stop_settling(self) -> None:

@@ -103,7 +103,7 @@ def add_voice(
         decode: how to decode the answer to a request; raises ApiError.
         origins: of other sites' pages that may connect.
     """
-    limits, turns = gate.limits, Turns(gate.limits)
+    limits, turns, opened = gate.limits, Turns(gate.limits), set[bool]()
     workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="x2l-voice")
 
     @app.post(PATH)
@@ -118,6 +118,9 @@ def add_voice(
         except ApiError:
             turn.close()
             raise
+        if (early := body.lookahead is not None) not in opened:
+            opened.add(early)
+            turn.open()
         return VoiceOut(
             url=f"{PATH}/{ticket}",
             sample_rate=RATE,
