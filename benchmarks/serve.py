@@ -177,20 +177,21 @@ def check_same(peer: Any, modality: Modality, *pixels: torch.Tensor) -> None:
 def first_token(bench: Bench) -> None:
     """One token about a photo, by the model's own parts and by those of a BLIP-2."""
     collator, model, llm = bench.assistant.collator, bench.assistant.model, bench.assistant.model.llm
-    batch = collator.prompt([[user(Part("image", bytes=bench.photos[0]), QUESTIONS[0])]])
+
+    def prompt() -> Any:
+        return collator.prompt([[user(Part("image", bytes=bench.photos[0]), QUESTIONS[0])]])
 
     def parts() -> Any:
-        embeds = model.embed(collator.prompt([[user(Part("image", bytes=bench.photos[0]), QUESTIONS[0])]])).embeds
-        return llm.generate(inputs_embeds=embeds, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        return llm.generate(inputs_embeds=model.embed(prompt()).embeds, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
     first_tokens(bench, "same parts", parts)
     peer, modality = blip2(llm)
     processor = ImageProcessor(transformers.BlipImageProcessorPil(size={"height": 224, "width": 224}))
     pixels, other = (processor([decode_image(photo)])["pixel_values"].to(llm.dtype) for photo in bench.photos)
     check_same(peer, modality, pixels, other)
-    place = int((batch.input_ids[0] < 0).nonzero())
-    image = torch.full((32,), peer.config.image_token_id)
-    ids = torch.cat([batch.input_ids[0, :place], image, batch.input_ids[0, place + 1 :]])[None]
+    (row,), image = prompt().input_ids, torch.full((32,), peer.config.image_token_id)
+    place = int((row < 0).nonzero())
+    ids = torch.cat([row[:place], image, row[place + 1 :]])[None]
 
     def whole() -> Any:
         return peer.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=1, do_sample=False, pad_token_id=0)

@@ -497,24 +497,31 @@ def test_a_turn_that_is_left_stops_after_the_step_in_work(model: Assistant, monk
         assert is_idle(turns.engine)
 
 
-def test_what_the_llm_was_given_in_advance_is_dropped_with_the_turn(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits behind another prompt when the client leaves."""
-    turns, go_on, lay_out = Turn(model, monkeypatch), threading.Event(), Job.lay_out
-    monkeypatch.setattr(voice, "WORTHWHILE", 1)
+async def taken_in_late(turns: Turn, turn: VoiceTurn, pcm: bytes, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, threading.Event]:
+    """What the LLM is to take in of ``pcm``: it waits behind another prompt until the event is set."""
+    go_on, lay_out = threading.Event(), Job.lay_out
 
     def waiting(job: Job, *args: Any) -> None:
         assert go_on.wait(60)
         lay_out(job, *args)
 
+    monkeypatch.setattr(Job, "lay_out", waiting)
+    turns.engine.submit([user("Hi")], Decode(max_new_tokens=1))
+    while turns.engine._waiting:
+        await asyncio.sleep(0.01)
+    turn.hear(pcm)
+    while not turns.engine._waiting:
+        await asyncio.sleep(0.01)
+    (job,) = turns.engine._waiting
+    return job, go_on
+
+
+def test_what_the_llm_was_given_in_advance_is_dropped_with_the_turn(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turn(model, monkeypatch)
+    monkeypatch.setattr(voice, "WORTHWHILE", 1)
+
     async def scene(turn: VoiceTurn) -> None:
-        monkeypatch.setattr(Job, "lay_out", waiting)
-        turns.engine.submit([user("Hi")], Decode(max_new_tokens=1))
-        while turns.engine._waiting:
-            await asyncio.sleep(0.01)
-        turn.hear(spoken(3.0, seed=3))
-        while not turns.engine._waiting:
-            await asyncio.sleep(0.01)
-        (job,) = turns.engine._waiting
+        job, go_on = await taken_in_late(turns, turn, spoken(3.0, seed=3), monkeypatch)
         turn.close()
         while not job.answer.cancelled:
             await asyncio.sleep(0.01)
@@ -525,24 +532,13 @@ def test_what_the_llm_was_given_in_advance_is_dropped_with_the_turn(model: Assis
 
 def test_an_answer_in_advance_takes_the_place_of_what_the_llm_takes_in(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though there is room for one more alone; if the person goes on, the answer is that to all that was said."""
-    turns, go_on, lay_out = Turn(model, monkeypatch), threading.Event(), Job.lay_out
+    turns = Turn(model, monkeypatch)
     monkeypatch.setattr(voice, "WORTHWHILE", 8)
     monkeypatch.setattr(turns.engine, "config", EngineConfig(max_batch=4))
     pcm = spoken(3.0, seed=3) + bytes(2 * RATE) + spoken(4.0, seed=5)
 
-    def waiting(job: Job, *args: Any) -> None:
-        assert go_on.wait(60)
-        lay_out(job, *args)
-
     async def scene(turn: VoiceTurn) -> str:
-        monkeypatch.setattr(Job, "lay_out", waiting)
-        turns.engine.submit([user("Hi")], Decode(max_new_tokens=1))
-        while turns.engine._waiting:
-            await asyncio.sleep(0.01)
-        turn.hear(pcm[: 6 * RATE])
-        while not turns.engine._waiting:
-            await asyncio.sleep(0.01)
-        (job,) = turns.engine._waiting
+        job, go_on = await taken_in_late(turns, turn, pcm[: 6 * RATE], monkeypatch)
         turn.hear(pcm[6 * RATE : 7 * RATE])
         while len(turns.engine._waiting) < 2 or not job.answer.cancelled:
             await asyncio.sleep(0.01)
