@@ -25,7 +25,7 @@ from torch import Tensor
 from x2l.assistant import Assistant
 from x2l.data.media import decode_audio
 from x2l.data.sources import read_source
-from x2l.modalities.hearing import Hearing
+from x2l.modalities.hearing import GrowingSpeech, Hearing
 from x2l.serve.pauses import Pauses
 from x2l.types import Media
 
@@ -41,6 +41,7 @@ def main(model: str, num: int, *shards: str) -> None:
     torch.set_num_threads(1)
     assistant = Assistant.load(model)
     speech = assistant.model.modalities["speech"]
+    growing = GrowingSpeech(speech)
     table = assistant.model.llm.get_input_embeddings().weight
 
     def said(embeds: Tensor) -> str:
@@ -54,7 +55,7 @@ def main(model: str, num: int, *shards: str) -> None:
     seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def read(way: str, sound: np.ndarray, lookahead: float | None = None) -> None:
-        hearing = None if lookahead is None else Hearing(speech, lookahead)
+        hearing = None if lookahead is None else Hearing(growing, lookahead)
         if hearing is not None:
             hearing.read(torch.from_numpy(sound[:-1]))
         start = time.process_time()

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import torch
 import yaml
 from conftest import tiny_model
@@ -30,7 +31,7 @@ from x2l.assistant import Assistant
 from x2l.build import build
 from x2l.config import ModelConfig
 from x2l.data.media import decode_audio
-from x2l.modalities.hearing import Hearing
+from x2l.modalities.hearing import GrowingSpeech, Hearing
 from x2l.serve.app import ServerConfig, create_app
 from x2l.serve.decoders import DecoderPool
 from x2l.serve.engine import Engine
@@ -211,6 +212,11 @@ def settling_model(llm_folder: Path, folder: Path, **more: Any) -> Assistant:
     return Assistant(build(ModelConfig.model_validate(tiny_model(llm_folder, speech=speech) | more)))
 
 
+def hearing(modality: Any, lookahead: float) -> Hearing:
+    """Of a recording that the speech ``modality`` reads."""
+    return Hearing(GrowingSpeech(modality), lookahead)
+
+
 def everything(hearing: Hearing, wave: torch.Tensor) -> torch.Tensor:
     """All embeddings of a recording that is settled as it comes."""
     settled, rest = hearing.read(wave)
@@ -220,9 +226,16 @@ def everything(hearing: Hearing, wave: torch.Tensor) -> torch.Tensor:
 def settled_answer(model: Assistant, sound: bytes, lookahead: float, tokens: int, *after: str) -> str:
     """What the model says offline to a file, and what stands after it, where its speech interface reads as `Hearing` does."""
     modality: Any = model.model.modalities["speech"]
-    embeds = everything(Hearing(modality, lookahead), torch.from_numpy(decode_audio(sound)))
+    embeds = everything(hearing(modality, lookahead), torch.from_numpy(decode_audio(sound)))
     modality.forward = lambda media: Features(embeds[None], torch.tensor([len(embeds)]))
     try:
         return "".join(model.stream([user(Part("speech", bytes=sound), *after)], tokens))
     finally:
         del modality.forward
+
+
+def noise(seconds: float, seed: int = 0) -> torch.Tensor:
+    """Samples (S,) at 16 kHz, loud and soft in turn."""
+    num = int(seconds * 16_000)
+    samples = np.random.default_rng(seed).standard_normal(num) * (1.2 + np.sin(np.arange(num) / 900))
+    return torch.from_numpy(0.05 * samples.astype(np.float32))

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from x2l.devices import bf16_in_hardware
+from x2l.packed import eight_bits, four_bits
 from x2l.serve.forward import Forward, GivenUp, Llama, Plain, Prompt, _attend_ungrouped, forward_of, linears
 from x2l.serve.lanes import Caches, Lanes
-from x2l.serve.packed import eight_bits, four_bits
 
 needs_few_bits = pytest.mark.skipif(
     not bf16_in_hardware() or torch.backends.cpu.get_cpu_capability() != "AVX512",

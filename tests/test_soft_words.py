@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from conftest import make_tokenizer
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from x2l.build import initialise
 from x2l.modalities.soft_words import NEGLIGIBLE, SoftWords, Words
@@ -88,7 +90,9 @@ def test_no_word_that_matters_is_left_out(scale: float, rounded: bool) -> None:
     """Where scores are computed in bfloat16 to find them, too: as many places as words are near the edge."""
     torch.manual_seed(0)
     words, table = Words(LETTERS), torch.randn(3000, 32)
-    vars(words).update(_spoken=table, _rounded=(table.bfloat16().T, table.norm(dim=-1).amax()) if rounded else None)
+    vars(words).update(
+        _spoken=table, _rough=(partial(F.linear, weight=table.bfloat16()), table.norm(dim=-1).amax()) if rounded else None
+    )
     for x in scale * torch.randn(100, 1, 3, 32):
         scores = x[0].double() @ table.double().T
         needed = ((scores - scores.amax(-1, keepdim=True)).amax(0) > math.log(NEGLIGIBLE) + 1e-3).nonzero()[:, 0]
@@ -102,7 +106,7 @@ def test_the_worst_rounding_leaves_no_word_out() -> None:
     x, row = torch.full((1, 1, 877), up), torch.full((877,), up * 2**-6)
     table = torch.stack([row, -row, torch.zeros(877)])
     words = Words(LETTERS)
-    vars(words).update(_spoken=table, _rounded=(table.bfloat16().T, row.norm()))
+    vars(words).update(_spoken=table, _rough=(partial(F.linear, weight=table.bfloat16()), row.norm()))
     assert words._likely(x).tolist() == [0, 1, 2]
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x2l.encoders.fbank import FbankProcessor, SpecAugment
-from x2l.past import Past
 from x2l.types import Features
 
 
@@ -25,11 +24,10 @@ def valid_frames(lengths_N: Tensor, num_frames: int) -> Tensor:
     return torch.arange(num_frames, device=lengths_N.device) < lengths_N[:, None]
 
 
-def rotate(x_NHFE: Tensor, num_rotary: int, start: int = 0) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) on a head's first ``num_rotary`` channels, in pairs, from ``start`` on."""
+def rotate(x_NHFE: Tensor, num_rotary: int) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) on the first ``num_rotary`` channels of each head, in pairs."""
     frequency = 10_000.0 ** -(torch.arange(0, num_rotary, 2, device=x_NHFE.device) / num_rotary)
-    place = torch.arange(start, start + x_NHFE.shape[-2], device=x_NHFE.device)
-    angle = torch.outer(place, frequency).repeat_interleave(2, -1)
+    angle = torch.outer(torch.arange(x_NHFE.shape[-2], device=x_NHFE.device), frequency).repeat_interleave(2, -1)
     turned, passed = x_NHFE[..., :num_rotary], x_NHFE[..., num_rotary:]
     quarter = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
     return torch.cat([(turned * angle.cos() + quarter * angle.sin()).to(x_NHFE.dtype), passed], -1)
@@ -59,31 +57,14 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | KeysValues,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        past: Past | None = None,
-    ) -> Tensor:
-        """Queries ``x`` (N, F, E), context (N, K, C) or its `keys_values`; ``mask`` (N, K) is True on valid keys.
-
-        Self-attention with a ``past`` sees all the places that it keeps, too, and goes on after them.
-        """
+    def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Queries ``x`` (N, F, E), context (N, K, C) or its `keys_values`; ``mask`` (N, K) is True on valid keys."""
         q = self._heads(self.q_proj(x))
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
         if self.num_rotary:
-            q, k = rotate(torch.cat([q, k], 1), self.num_rotary, past.length if past else 0).chunk(2, 1)
-        allowed = None if mask is None else mask[:, None, None]
-        if past is not None:
-            k, v = past.join(k), past.join(v)
-            num_kept = k.shape[-2] - q.shape[-2]
-            if causal and num_kept:
-                allowed, causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril(num_kept), False
-            elif allowed is not None:
-                allowed = F.pad(allowed, (num_kept, 0), value=True)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+            q, k = rotate(torch.cat([q, k], 1), self.num_rotary).chunk(2, 1)
+        keys = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -100,12 +81,9 @@ class ConvModule(nn.Module):
         self.inner_norm = nn.LayerNorm(width)
         self.contract = nn.Linear(width, width)
 
-    def forward(self, x_NFE: Tensor, mask_NF: Tensor, past: Past | None = None) -> Tensor:
-        num_frames = x_NFE.shape[1]
+    def forward(self, x_NFE: Tensor, mask_NF: Tensor) -> Tensor:
         x = F.glu(self.expand(self.norm(x_NFE)), -1) * mask_NF[..., None]
-        if past is not None:
-            x = past.join(x)[:, -(num_frames + self.depthwise.kernel_size[0] // 2) :]
-        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)[:, -num_frames:]
+        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         return self.contract(F.silu(self.inner_norm(x)))
 
 
@@ -127,12 +105,12 @@ class ConformerBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_NFE: Tensor, mask_NF: Tensor, past: Past | None = None) -> Tensor:
-        """(N, F, E) -> (N, F, E); frames outside ``mask_NF`` are never read. They go on after those that ``past`` keeps."""
+    def forward(self, x_NFE: Tensor, mask_NF: Tensor) -> Tensor:
+        """(N, F, E) -> (N, F, E); frames outside ``mask_NF`` are never read."""
         x = x_NFE + 0.5 * self.dropout(self.ffn_in(x_NFE))
         y = self.attention_norm(x)
-        x = x + self.dropout(self.attention(y, y, mask_NF, past=past))
-        x = x + self.dropout(self.conv(x, mask_NF, past))
+        x = x + self.dropout(self.attention(y, y, mask_NF))
+        x = x + self.dropout(self.conv(x, mask_NF))
         return self.norm(x + 0.5 * self.dropout(self.ffn_out(x)))
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from x2l.encoders import moonshine
 from x2l.encoders.conformer import Attention, KeysValues, valid_frames
 from x2l.modalities.soft_words import Words
-from x2l.past import Past
 from x2l.types import Features
 
 
@@ -44,14 +43,13 @@ class DecoderBlock(nn.Module):
         heard_mask: Tensor,
         context: Features | None = None,
         mask: Tensor | None = None,
-        past: Past | None = None,
     ) -> Tensor:
         """(N, U, C) -> (N, U, C), given CIF embeddings (N, K, C) or what ``cif_attention`` makes of them.
 
-        With a ``mask`` (N, U) every place sees all that it allows, else those before it; and what ``past`` keeps.
+        With a ``mask`` (N, U) every place sees all that it allows, else those before it.
         """
         y = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(y, y, mask, mask is None, past))
+        x = x + self.dropout(self.self_attention(y, y, mask, causal=mask is None))
         x = x + self.dropout(self.cif_attention(self.cif_norm(x), heard, heard_mask))
         if self.context_attention is not None and self.context_norm is not None and context is not None:
             seen = valid_frames(context.lengths, context.x.shape[1])
@@ -90,15 +88,8 @@ class Reader(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(self.out_width, ffn_width, num_heads, None, dropout) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(self.out_width, bias=False)
 
-    def pasts(self) -> list[Past]:
-        """What to keep of a growing utterance: of its pieces, and of each pass over its tokens."""
-        return [Past() for _ in range(2 + self.again)]
-
-    def forward(self, features: Features, pasts: Sequence[Past] | None = None) -> Features:
-        """Each place from all of an utterance, whatever else is in the batch; padding comes out as zeros.
-
-        With ``pasts`` the features have no padding and go on after them.
-        """
+    def forward(self, features: Features) -> Features:
+        """Each place from all of an utterance, whatever else is in the batch; padding comes out as zeros."""
         heard, lengths_N = features
         if heard.shape[1] == 0:
             return Features(heard.new_zeros(len(heard), 0, self.out_width), lengths_N)
@@ -107,22 +98,19 @@ class Reader(nn.Module):
         heard = heard.masked_fill(beyond, 0.0)
         pieces = heard.unflatten(-1, (self.parts, -1)).flatten(1, 2)
         pieces_mask = valid_frames(seen_N * self.parts, pieces.shape[1])
-        of_pieces, first, *again = pasts or self.pasts()
-        pieces_mask = F.pad(pieces_mask, (of_pieces.length, 0), value=True)
-        projected = [block.cif_attention.keys_values(pieces) for block in self.blocks]  # type: ignore[operator, union-attr]
-        kept = [(of_pieces.join(keys), of_pieces.join(values)) for keys, values in projected]
+        kept = [block.cif_attention.keys_values(pieces) for block in self.blocks]  # type: ignore[operator, union-attr]
         fused = self.fuse(heard)
-        x = self._read(self.start + fused, kept, pieces_mask, mask, first)
-        for past in again:
+        x = self._read(self.start + fused, kept, pieces_mask, mask)
+        for _ in range(self.again):
             assert self.words is not None
-            said = past.join(self.words.spoken(x))
-            before = torch.cat([self.start.expand(len(x), 1, -1), said[:, :-1]], 1)[:, -x.shape[1] :]
-            x = self._read(before + fused, kept, pieces_mask, None, past)
+            said = self.words.spoken(x)
+            before = torch.cat([self.start.expand(len(x), 1, -1), said[:, :-1]], 1)
+            x = self._read(before + fused, kept, pieces_mask, None)
         return Features(x.masked_fill(beyond, 0.0), lengths_N)
 
-    def _read(self, x: Tensor, pieces: Sequence[KeysValues], pieces_mask: Tensor, mask: Tensor | None, past: Past) -> Tensor:
+    def _read(self, x: Tensor, pieces: Sequence[KeysValues], pieces_mask: Tensor, mask: Tensor | None) -> Tensor:
         for block, keys_values in zip(self.blocks, pieces, strict=True):
-            x = block(x, keys_values, pieces_mask, mask=mask, past=past)
+            x = block(x, keys_values, pieces_mask, mask=mask)
         read: Tensor = self.norm(x)
         return read
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from x2l.devices import bf16_in_hardware
 from x2l.encoders import moonshine
+from x2l.packed import can_lay_out, lay_out, padded
 from x2l.types import Features
 from x2l.vocabulary import Vocabulary, spelled_rows
 from x2l.weights import resolve
@@ -62,9 +63,10 @@ class Words:
         return self._embeddings()[self._tokens.token_ids].detach().float()
 
     @cached_property
-    def _rounded(self) -> tuple[Tensor, Tensor] | None:
-        """The decoder's table in bfloat16, transposed, and the length of its longest row."""
-        return (self._spoken.bfloat16().T, self._spoken.norm(dim=-1).amax()) if bf16_in_hardware() else None
+    def _rough(self) -> tuple[Callable[[Tensor], Tensor], Tensor] | None:
+        """Scores in bfloat16 of rows (R, C) in bfloat16, where they are faster, and the length of the table's longest row."""
+        fast = bf16_in_hardware() and can_lay_out(self._spoken)
+        return (lay_out(self._spoken.bfloat16(), None), self._spoken.norm(dim=-1).amax()) if fast else None
 
     def spoken(self, x: Tensor) -> Tensor:
         """Mean embeddings of the decoder under the posterior of its last states: (N, U, C) -> (N, U, C), float32."""
@@ -100,13 +102,15 @@ class Words:
         """The index of the words that `posterior` keeps, found by scores in bfloat16 where these are faster."""
         if x.device.type != "cpu" or not x.numel():
             return slice(None)
-        if self._rounded is None:
+        x = x.flatten(0, -2)
+        if self._rough is None:
             scores, off = x @ self._spoken.T, 0.0
         else:
-            table, longest = self._rounded
-            scores, off = (x.bfloat16() @ table).float(), ROUNDING * longest * x.norm(dim=-1).amax()
-        behind = scores - scores.amax(-1, keepdim=True)
-        unlikely = behind.flatten(0, -2).amax(0) < math.log(NEGLIGIBLE) - 2 * off  # no word is, where something is not a number
+            multiply, longest = self._rough
+            rows, num = padded(x)
+            scores, off = multiply(rows.bfloat16())[:num].float(), ROUNDING * longest * x.norm(dim=-1).amax()
+        least = scores.amax(-1, keepdim=True) + (math.log(NEGLIGIBLE) - 2 * off)
+        unlikely = (scores < least).all(0)  # no word is, where something is not a number
         return (~unlikely).nonzero()[:, 0]
 
 

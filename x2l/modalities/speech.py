@@ -19,7 +19,6 @@ from x2l.interfaces.cformer import CFormer
 from x2l.interfaces.cif import CIF, CIFOutput
 from x2l.modalities.reader import Reader
 from x2l.modalities.soft_words import SoftWords, Words
-from x2l.past import Past
 from x2l.types import Features
 
 
@@ -59,11 +58,8 @@ class Listener(nn.Module):
         self.cif = CIF(width, dropout=dropout)
         nn.init.constant_(self.cif.fc.bias, math.log(rate * parts / (1 - rate * parts)))
 
-    def frames(self, features: Features, past: Past | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,).
-
-        With a ``past`` the features have no padding and go on after it: after ``stride`` frames for each of its places.
-        """
+    def frames(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden frames (N, F, width) for a CTC head, what CIF integrates (N, F, width), and their lengths (N,)."""
         mask = valid_frames(features.lengths, features.x.shape[1])
         x = self.project(features.x) * mask[..., None]
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride)).unflatten(1, (-1, self.stride))
@@ -72,7 +68,7 @@ class Listener(nn.Module):
         lengths = (features.lengths + self.stride - 1) // self.stride
         mask, hidden = valid_frames(lengths, x.shape[1]), x
         for block in self.blocks:
-            hidden = block(hidden, mask, past)
+            hidden = block(hidden, mask)
         hidden = hidden * mask[..., None]
         return hidden, x + self.residual(hidden), lengths
 

@@ -181,7 +181,7 @@ def _add_status(app: FastAPI, gate: Gate, engines: Mapping[str, Engine], pool: D
 def _add_models(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     now = int(time.time())
     held = {
-        name: ModelOut(id=name, created=now, modalities=["text", *engine.reads], lookahead=engine.settles)
+        name: ModelOut(id=name, created=now, modalities=["text", *engine.reads], lookahead=engine.growing_speech is not None)
         for name, engine in engines.items()
     }
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from x2l.assistant import Assistant
-from x2l.modalities.hearing import can_settle
+from x2l.modalities.hearing import GrowingSpeech, can_settle
 from x2l.model import sample
 from x2l.serve.answer import Answer, Busy, Decode, EngineError, RequestError, Timeout
 from x2l.serve.forward import GivenUp, Prompt, forward_of
@@ -61,6 +61,9 @@ class Engine:
         self.model, self.stats = assistant.model, Stats()
         self.embeddings, self.prefixes = EmbeddingStore(config.embedding_bytes), PrefixStore(config.prefix_bytes)
         self.intake = Intake(assistant, config, self.embeddings, self.stats, decode_media)
+        speech: Any = self.model.modalities["speech"] if "speech" in self.reads else None
+        # None: spoken turns are read whole.
+        self.growing_speech = GrowingSpeech(speech) if speech is not None and can_settle(speech) else None
         self._allocate()
         self.stops = set(assistant.eos)  # ids that end an answer
         self._active = list[Job]()  # rows of _lanes belong to them, in order
@@ -78,12 +81,6 @@ class Engine:
     def reads(self) -> list[str]:
         """The modalities that the model takes."""
         return self.assistant.reads
-
-    @property
-    def settles(self) -> bool:
-        """Whether the model can settle speech while it comes in."""
-        speech: Any = self.model.modalities["speech"] if "speech" in self.reads else None
-        return speech is not None and can_settle(speech)
 
     @property
     def capacity(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from x2l.model import cache_name
-from x2l.serve.packed import Product, pack
+from x2l.packed import Product, pack
 
 log = logging.getLogger(__name__)
 LIKE_LLAMA = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}

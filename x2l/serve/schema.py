@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
+MAX_LOOKAHEAD = 3.0  # seconds
 
 
 class Closed(BaseModel):
@@ -157,7 +158,7 @@ class VoiceRequest(AnswerRequest):
     end_silence: Annotated[float, Field(ge=0.2, le=10, strict=True)] | None = Field(
         default=None, description="seconds of silence that end the speech; without it the client says when"
     )
-    lookahead: Annotated[float, Field(ge=0.5, le=3, strict=True)] | None = Field(
+    lookahead: Annotated[float, Field(ge=0.5, le=MAX_LOOKAHEAD, strict=True)] | None = Field(
         default=None,
         description="seconds of sound after which what was heard is settled, so that only what came since is read at the end; "
         "without it all of the recording is read at once",

@@ -38,6 +38,7 @@ from x2l.serve.chat import abandon, submit
 from x2l.serve.engine import Engine
 from x2l.serve.job import EarlyPart, Piece, content_key
 from x2l.serve.pauses import RATE, TAIL, Pauses
+from x2l.serve.schema import MAX_LOOKAHEAD
 from x2l.types import Features, Media, Message, Part
 
 log = logging.getLogger(__name__)
@@ -116,15 +117,15 @@ class EarlyEar(Ear):
 
     def __init__(self, engine: Engine, lookahead: float):
         super().__init__(engine)
-        if not engine.settles:
+        if engine.growing_speech is None:
             raise RequestError(f"this model's speech interface reads whole recordings only: leave out lookahead ({lookahead:g})")
-        self._hearing = Hearing(self._modality, lookahead)
+        self._hearing = Hearing(engine.growing_speech, lookahead)
         self._sha = hashlib.sha256(f"after {self._hearing.lookahead} samples".encode())  # of all that it has settled
         self._pieces: list[Piece] = []
 
     def open(self) -> None:
-        """As `Ear.open`, of what settles."""
-        Hearing(self._modality, 1.0).step(torch.zeros(STEP))
+        """As `Ear.open`, of what settles, for turns of any lookahead."""
+        self._hearing.speech.open(MAX_LOOKAHEAD)
 
     def due(self, samples: int) -> bool:
         """Whether a `step` should be taken of a recording of so many samples."""

@@ -80,7 +80,7 @@ def describe_model(name: str, engine: Engine) -> dict[str, Any]:
     return {
         "model": name,
         "reads": reads,
-        "lookahead": LOOKAHEAD if engine.settles else None,
+        "lookahead": LOOKAHEAD if engine.growing_speech else None,
         "chinese": knows_chinese(assistant.tokenizer),
     }
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from x2l.devices import bf16_in_hardware
-from x2l.serve.packed import FINE, SLOW_ROWS, PackedProduct, Product, eight_bits, fifteen_bits, four_bits, pack
+from x2l.packed import FINE, SLOW_ROWS, PackedProduct, Product, eight_bits, fifteen_bits, four_bits, pack, padded
 
 FEW_BITS = bf16_in_hardware() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 needs_few_bits = pytest.mark.skipif(not FEW_BITS, reason="the processor has no AVX-512 with bfloat16")
@@ -191,3 +191,13 @@ def test_four_bits_are_refused_by_a_processor_without(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with pytest.raises(ValueError, match="PyTorch finds AVX2"):
         pack([layers(200, dtype=torch.bfloat16), layers(32, dtype=torch.bfloat16)], 1 << 20, weight_bits=4)
+
+
+@pytest.mark.parametrize(("num", "rows"), [(0, 0), (1, 16), (16, 16), (17, 32)])
+def test_rows_come_by_sixteen(num: int, rows: int) -> None:
+    x = torch.randn(num, 3)
+    y, n = padded(x)
+    assert n == num
+    assert y.shape == (rows, 3)
+    assert torch.equal(y[:num], x)
+    assert not y[num:].any()

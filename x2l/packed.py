@@ -23,6 +23,7 @@ from x2l.devices import bf16_in_hardware
 
 FLOAT32_ROWS = range(3, 65)  # for which a packed product is the faster one in float32
 SLOW_ROWS = range(7, 16)  # for which MKL's product in float32 takes longer than for 16: a pass of Qwen 0.5B 490 for 317 ms
+ROWS = 16  # come at a time where their number varies much: oneDNN compiles a product for each, which takes longer than to multiply
 HINT = 64  # rows that the layout is made for; any number may come
 FEW_ROWS = 4  # for which fewer bits are the faster ones: all layers of tiny 10, 13 and 18 ms for 1, 2 and 4 rows in 4 bits, 21, 23
 # and 27 in 8, packed 35 (with the memory busy)
@@ -52,7 +53,7 @@ def pack(groups: Sequence[Sequence[nn.Linear]], max_bytes: int, weight_bits: int
     size += in_output if weight_bits == 16 else in_output // 2
     if weight_bits < 16:
         _check_bits(weight_bits, weights, size, max_bytes)
-    if size > max_bytes or not all(map(_possible, weights)):
+    if size > max_bytes or not all(map(can_lay_out, weights)):
         return [Product(group) for group in groups]
     return [*(PackedProduct(group, weight_bits) for group in inner), PackedProduct(output, weight_bits, output=True)]
 
@@ -61,14 +62,15 @@ def _check_bits(bits: int, weights: Sequence[Tensor], size: int, max_bytes: int)
     if other := {weight.dtype for weight in weights} - {torch.bfloat16}:
         raise ValueError(f"{bits}-bit weights are for an LLM in bfloat16, this one is in {other.pop()}: set llm.dtype=bfloat16")
     capability = torch.backends.cpu.get_cpu_capability()
-    if not (bf16_in_hardware() and capability == "AVX512" and all(map(_possible, weights))):
+    if not (bf16_in_hardware() and capability == "AVX512" and all(map(can_lay_out, weights))):
         found = f"PyTorch finds {capability}, bfloat16: {bf16_in_hardware()}, and the LLM on {weights[0].device}"
         raise ValueError(f"{bits}-bit weights need a processor with AVX-512 and bfloat16; {found}")
     if size > max_bytes:
         raise ValueError(f"{bits}-bit weights take {size:,} bytes beside the LLM, EngineConfig.packed_bytes allows {max_bytes:,}")
 
 
-def _possible(weight: Tensor) -> bool:
+def can_lay_out(weight: Tensor) -> bool:
+    """Whether `lay_out` takes it, on this processor."""
     if (
         weight.device.type != "cpu"
         or not torch.backends.mkldnn.is_available()
@@ -76,6 +78,22 @@ def _possible(weight: Tensor) -> bool:
     ):
         return False
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and bf16_in_hardware())
+
+
+def lay_out(weight: Tensor, bias: Tensor | None, activation: str = "none") -> Callable[[Tensor], Tensor]:
+    """The product of rows (N, in) with a copy of a linear layer's weight (out, in), all of its type.
+
+    Args:
+        activation: of the outputs, by oneDNN's name: ``none``, ``gelu`` or ``swish``.
+    """
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, HINT)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda rows: multiply(rows, packed, bias, activation, [], "none")
+
+
+def padded(rows: Tensor, by: int = ROWS) -> tuple[Tensor, int]:
+    """Rows (N, in) and zeros after them, a multiple of ``by`` in all, and how many there were."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % by)), len(rows)
 
 
 class Product:
@@ -124,7 +142,7 @@ class PackedProduct(Product):
         elif bits == 8 and _fits(weight):
             codes, steps, weight = eight_bits(weight)
             self.few = lambda rows: torch._weight_int8pack_mm(rows, codes, steps)
-        self.many = _laid_out(weight, self.bias)
+        self.many = lay_out(weight, self.bias)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, in) -> (N, sum of out)."""
@@ -139,12 +157,6 @@ class PackedProduct(Product):
 def _fits(weight: Tensor) -> bool:
     """Whether PyTorch's products of few bits can take it; of some other shapes they crash."""
     return weight.shape[0] % 16 == 0 and weight.shape[1] % GROUP == 0
-
-
-def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, HINT)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda rows: multiply(rows, packed, bias, "none", [], "")
 
 
 def _fifteen_by_eight_bits(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
