@@ -97,17 +97,20 @@ def test_a_convolution_in_pieces_sees_what_was_before(kernel: int) -> None:
     torch.testing.assert_close(y, expected[begin:], rtol=1e-4, atol=1e-5)
 
 
-def test_a_past_may_forget_what_is_too_old() -> None:
-    past, forgetful = Past(), Past(limit=6)
-    for end, length in ((10, 7), (20, 20), (24, 22), (30, 30)):
-        x = torch.arange(past.length, end)[None, :, None].float()
-        for each in (past, forgetful):
-            each.begin()
-            joined = each.join(x)
-            assert joined[0, -1] == end - 1
-            each.settle(length)
-        assert torch.equal(forgetful._kept[0], past._kept[0][:, -6:])
-        assert forgetful.length == past.length == length
+@pytest.mark.parametrize("limit", [None, 6])
+def test_a_past_joins_what_is_settled_to_what_comes(limit: int | None) -> None:
+    """The last ones, as they were when they were settled, of each layer; a read that breaks off leaves nothing."""
+    past, settled = Past(limit), list[float]()
+    for read, (end, length) in enumerate(((10, 7), (12, 7), (20, 20), (24, 22), (90, 60), (61, 60), (99, 61))):
+        for breaks_off in (True, False):
+            x = torch.arange(past.length, end)[None, :, None] + (1000.0 * breaks_off + 0.01 * read)
+            past.begin()
+            for layer in range(1 if breaks_off else 2):
+                expected = torch.tensor([*settled[-(limit or 1000) :], *x[0, :, 0].tolist()])[None, :, None]
+                assert torch.equal(past.join((1 - 2 * layer) * x), (1 - 2 * layer) * expected)
+        settled += x[0, : length - past.length, 0].tolist()
+        past.settle(length)
+        assert past.length == length
 
 
 # --- at once ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Parts(NamedTuple):
 
 
 class GrowingSpeech:
-    """A speech modality that `can_settle`, for recordings that grow, with the weights that it has when it first hears something."""
+    """A speech modality that `can_settle`, for recordings that grow, with the weights that it has when it first hears something;
+    CIF and adapter are its own."""
 
     def __init__(self, modality: Modality) -> None:
         encoder: Any = modality.encoder
