@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import MoonshineConfig
 from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder as Network
 
+from x2l.devices import bf16_in_hardware
 from x2l.encoders.conformer import Attention, ConformerBlock, ConvModule
 from x2l.encoders.moonshine import pad
 from x2l.encoders.moonshine_torch import TorchMoonshine
@@ -24,14 +25,11 @@ from x2l.modalities.speech import Listener
 from x2l.past import Past
 from x2l.types import Features
 
-needs_bf16 = pytest.mark.skipif(not growing.bf16_in_hardware(), reason="the processor does not multiply in bfloat16")
-
 
 @pytest.fixture(autouse=True)
-def _exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, but for the tests of what is rounded."""
-    if not request.node.get_closest_marker("skipif"):
-        monkeypatch.setattr(growing, "bf16_in_hardware", lambda: False)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32."""
+    monkeypatch.setattr(growing, "bf16_in_hardware", lambda: False)
 
 
 class Words:
@@ -205,8 +203,8 @@ def test_no_tokens_are_no_tokens() -> None:
     assert reader(torch.zeros(0, 32), Past(), Past(), torch.zeros(0, 16)).shape == (0, 16)
 
 
-@needs_bf16
-def test_what_bfloat16_rounds_is_little() -> None:
+@pytest.mark.skipif(not bf16_in_hardware(), reason="the processor does not multiply in bfloat16")
+def test_what_bfloat16_rounds_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(8)
     network, wave = Network(MoonshineConfig()).eval().requires_grad_(False), noise(1.0)
     listener: Listener = loud(Listener(12, 16, 2, 2, 32, 2, 5))
@@ -221,12 +219,11 @@ def test_what_bfloat16_rounds_is_little() -> None:
         ]
 
     of_encoder, of_listener = Past(), Past()
+    exact = read()
+    of_encoder, of_listener = Past(), Past()
+    monkeypatch.setattr(growing, "bf16_in_hardware", lambda: True)
     rounded = read()
     assert [of_encoder._joined[1].dtype, of_listener._joined[0].dtype] == [torch.bfloat16, torch.float32]
-    of_encoder, of_listener = Past(), Past()
-    with pytest.MonkeyPatch.context() as exactly:
-        exactly.setattr(growing, "bf16_in_hardware", lambda: False)
-        exact = read()
     for one, other in zip(rounded, exact, strict=True):
         off = ((one - other).norm(dim=-1) / other.norm(dim=-1)).mean()
         assert 1e-4 < off < 0.03

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +76,10 @@ class Whole(Past):
 @torch.inference_mode()
 def slow_twin(speech: GrowingSpeech, wave: Tensor, lookahead: float) -> tuple[list[Tensor], Tensor]:
     """`Hearing.read`, each time from the first sample on: CIF over all frames, no positions that start in the middle."""
-    cif, parts, stride, (encoder, listener, reader) = speech.cif, speech.parts, speech.stride, speech.made
+    (encoder, listener, cif, reader, adapter), parts, stride = speech.made, speech.num_parts, speech.stride
     frames, context, pieces, tokens = (Whole() for _ in range(4))
     kept, said, settled, num_settled = torch.zeros(1, 0, cif.width), torch.zeros(0, cif.width), list[Tensor](), 0
-    rest = torch.zeros(0, speech.adapter.linear.out_features)
+    rest = speech.nothing
     spoken = reader.spoken
     reader.spoken = lambda read: torch.cat([said[:num_settled], spoken(read)[num_settled:]])  # type: ignore[method-assign]
     for end in sorted({*range(STEP, len(wave) + 1, STEP), len(wave)}):
@@ -86,7 +89,7 @@ def slow_twin(speech: GrowingSpeech, wave: Tensor, lookahead: float) -> tuple[li
         grouped, _ = side_by_side(Features(fired.x, fired.lengths), parts)
         tokens.begin()
         read = reader(grouped[0], pieces, tokens, said)
-        embeds = speech.adapter(Features(read[None], torch.tensor([len(read)]))).x[0]
+        embeds = adapter(Features(read[None], torch.tensor([len(read)]))).x[0]
         num_frames = max(0, end - round(lookahead * RATE)) // (HOP * stride)
         if end % STEP:
             num_frames = kept.shape[1]
@@ -188,30 +191,32 @@ def test_what_is_settled_stays_whatever_comes_and_however(model: Assistant) -> N
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "calls"),
+    ("owner", "name", "caller"),
     [
-        ("encoder", "__call__", 1),
-        ("cif", "stream", 1),
-        ("cif", "stream", 2),
-        ("adapter", "forward", 1),
-        ("torch", "cat", 2),
-        ("torch", "cat", 5),
+        ("encoder", "__call__", "_read"),
+        ("cif", "stream", "_read"),
+        ("torch", "cat", "_spoken"),
+        ("adapter", "forward", "_call_impl"),
+        ("cif", "stream", "_settle"),
+        ("torch", "cat", "_settle"),
+        ("tensor", "clone", "_settle"),
     ],
 )
-def test_a_read_that_fails_changes_nothing(
-    model: Assistant, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, calls: int
+def test_a_step_that_fails_changes_nothing(
+    model: Assistant, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, caller: str
 ) -> None:
-    """Wherever it fails, in the first or a later call of something."""
+    """Wherever it fails."""
     modality: Any = model.model.modalities["speech"]
     wave = noise(3.3, seed=8)
     growing = hearing(modality, 0.5)
     expected = everything(hearing(modality, 0.5), wave)
     growing.read(wave[: 3 * STEP])
-    where: Any = {"encoder": GrowingEncoder, "cif": growing.speech.cif, "adapter": growing.speech.adapter, "torch": torch}[owner]
-    original, left = getattr(where, name), iter(range(1, calls + 1))
+    parts = growing.speech.made
+    where: Any = {"encoder": GrowingEncoder, "cif": parts.cif, "adapter": parts.adapter, "torch": torch, "tensor": Tensor}[owner]
+    original = getattr(where, name)
 
     def failing(*given: Any, **more: Any) -> Any:
-        return 1 / 0 if next(left) == calls else original(*given, **more)
+        return 1 / 0 if sys._getframe(1).f_code.co_name == caller else original(*given, **more)
 
     with monkeypatch.context() as broken:
         broken.setattr(where, name, failing)
@@ -220,28 +225,40 @@ def test_a_read_that_fails_changes_nothing(
     torch.testing.assert_close(everything(growing, wave), expected, rtol=0, atol=0)
 
 
-def test_the_modules_may_move_and_learn(model: Assistant) -> None:
+def test_the_parts_are_made_once(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two threads that come together, where the other weights are."""
+    made, moved, init, move = list[Any](), list[Any](), GrowingEncoder.__init__, Network.to
+
+    def slow(encoder: GrowingEncoder, network: Any) -> None:
+        made.append(encoder)
+        time.sleep(0.2)
+        init(encoder, network)
+
+    monkeypatch.setattr(GrowingEncoder, "__init__", slow)
+    monkeypatch.setattr(Network, "to", lambda network, device: moved.append(device) or move(network, device))  # type: ignore[func-returns-value]
+    modality: Any = model.model.modalities["speech"]
+    speech = GrowingSpeech(modality)
+    with ThreadPoolExecutor(2) as workers:
+        one, other = workers.map(lambda _: speech.made, range(2))
+    assert one is other
+    assert len(made) == 1
+    assert moved == [modality.interface[2].linear.weight.device]
+
+
+def test_the_encoder_may_move_and_all_may_learn(model: Assistant) -> None:
     """What was made of them when they first heard something is apart from them."""
     encoder: Any = TorchMoonshine(Network(MoonshineConfig()).state_dict(), 20.0)
     modality: Any = model.model.modalities["speech"]
-    listener, reader, adapter = copy.deepcopy(modality.interface[0]), copy.deepcopy(modality.interface[1]), modality.interface[2]
-    speech = GrowingSpeech(Modality(encoder, [listener, reader, adapter]).eval())
-    frames, heard = torch.randn(30, 288), torch.randn(5, 32)
-
-    def read() -> list[Tensor]:
-        return [
-            speech.made.encoder(noise(1.0), Past()),
-            speech.made.listener(frames, Past()),
-            speech.made.reader(heard, Past(), Past(), torch.zeros(9, 16)),
-        ]
-
-    before = read()
-    for module in (encoder, listener, reader):
+    listener, reader, adapter = copy.deepcopy(
+        tuple(modality.interface), {id(modality.interface[1].words): modality.interface[1].words}
+    )
+    speech, wave = GrowingSpeech(Modality(encoder, [listener, reader, adapter]).eval()), noise(2.3)
+    before = everything(Hearing(speech, 0.5), wave)
+    for module in (encoder, listener, reader, adapter):
         for parameter in module.parameters():
             parameter.data += 1
     encoder.to("meta")
-    for one, other in zip(read(), before, strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(everything(Hearing(speech, 0.5), wave), before)
 
 
 def test_a_recording_longer_than_the_encoder_sees(model: Assistant) -> None:

@@ -90,9 +90,11 @@ def test_no_word_that_matters_is_left_out(scale: float, rounded: bool) -> None:
     """Where scores are computed in bfloat16 to find them, too: as many places as words are near the edge."""
     torch.manual_seed(0)
     words, table = Words(LETTERS), torch.randn(3000, 32)
-    vars(words).update(
-        _spoken=table, _rough=(partial(F.linear, weight=table.bfloat16()), table.norm(dim=-1).amax()) if rounded else None
-    )
+    vars(words)["_spoken"] = table
+    if not rounded:
+        vars(words)["_rough"] = None
+    elif words._rough is None:
+        pytest.skip("the processor does not multiply in bfloat16")
     for x in scale * torch.randn(100, 1, 3, 32):
         scores = x[0].double() @ table.double().T
         needed = ((scores - scores.amax(-1, keepdim=True)).amax(0) > math.log(NEGLIGIBLE) + 1e-3).nonzero()[:, 0]

@@ -4,7 +4,7 @@ They are the functions of the modules that they are made from, whose weights mus
 alone from its first pass on, and takes the words of an earlier read. What is read is short, a second or two of sound, so that
 reading the weights takes as long as multiplying with them, and calling small operations as long again. Weights are therefore in
 bfloat16, laid out once, where the processor multiplies in it; layers of one input share a product; rotations are computed once a
-read. Norms and sums are in float32.
+read. Norms and what is added up from layer to layer are in float32.
 
 Shape letters: F places that are read, R rows (`padded`), C width, H heads, d width of a head, U tokens.
 """
@@ -35,12 +35,13 @@ class Linear:
     """A linear layer and what is applied to its outputs: (R, in) -> (R, out), in the type of its weights, or in bfloat16."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
-        activate = ACTIVATIONS[activation]
-        self.multiply: Callable[[Tensor], Tensor] = lambda rows: activate(F.linear(rows, weight, bias))
-        self.dtype = weight.dtype
+        self.multiply: Callable[[Tensor], Tensor]
         if bf16_in_hardware() and can_lay_out(weight):
             self.dtype = torch.bfloat16
             self.multiply = lay_out(weight.bfloat16(), None if bias is None else bias.bfloat16(), activation)
+        else:
+            self.dtype = weight.dtype
+            self.multiply = lambda rows: ACTIVATIONS[activation](F.linear(rows, weight, bias))
 
     @classmethod
     def of(cls, *layers: Any, activation: str = "none", factor: float = 1.0) -> Linear:
@@ -137,7 +138,7 @@ class GrowingEncoder:
 
 
 def _normed(x: Tensor, norm: Any, past: Past) -> Tensor:
-    """A norm over a whole recording: of the places (L, C) after those of which ``past`` keeps sums, of squares too, by frame."""
+    """A norm over a recording, or over the last frames of it that ``past`` may keep sums of: of the places (L, C) after them."""
     moments = torch.stack([x.sum(1), x.square().sum(1)], -1).double()
     own, beyond = moments[:-BEYOND], moments[-BEYOND:]
     frames = past.join(own.unflatten(0, (-1, PLACES)).sum(1))

@@ -15,78 +15,85 @@ import threading
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x2l.encoders.moonshine import HOP, RATE
+from x2l.interfaces.cif import CIF
 from x2l.modalities.growing import GrowingEncoder, GrowingListener, GrowingReader
 from x2l.modalities.reader import Reader
 from x2l.modalities.speech import side_by_side
 from x2l.modality import Modality
+from x2l.packed import ROWS
 from x2l.past import Past
 from x2l.types import Features
 
 STEP = RATE // 2  # samples after which something is settled
+MOST_TOKENS = 8  # a second, of fast speech
 
 
 def can_settle(modality: Modality) -> bool:
     """Whether a speech modality's parts can go on after what is settled: Moonshine's encoder in torch, a `Reader` that reads again
     with the words that it understood, soft words."""
-    again = any(isinstance(part, Reader) and part.again > 0 for part in modality.interface)
+    again = any(isinstance(part, Reader) and part.again > 0 and len(part.blocks) > 0 for part in modality.interface)
     return again and hasattr(type(modality.encoder), "in_torch")  # the encoder's own would be built to look
 
 
 class Parts(NamedTuple):
-    """A recording to frames, frames to what CIF integrates, what has fired to what the adapter reads."""
+    """A recording to frames, frames to what CIF integrates, what it fires to what is read, and that to embeddings."""
 
     encoder: GrowingEncoder
     listener: GrowingListener
+    cif: CIF
     reader: GrowingReader
+    adapter: nn.Module
 
 
 class GrowingSpeech:
-    """A speech modality that `can_settle`, for recordings that grow, with the weights that it has when it first hears something;
-    CIF and adapter are its own."""
+    """A speech modality that `can_settle`, for recordings that grow, with the weights that it has when it first hears something."""
 
     def __init__(self, modality: Modality) -> None:
         encoder: Any = modality.encoder
         interface: Any = modality.interface
-        self._encoder, (self._listener, self._reader, self.adapter) = encoder, interface
-        self.cif, self.stride, self.parts = self._listener.cif, self._listener.stride, self._listener.parts
+        self._encoder, (self._listener, self._reader, self._adapter) = encoder, interface
+        self.stride, self.num_parts, self.width = self._listener.stride, self._listener.parts, self._listener.cif.width
         self.max_frames = int(encoder.max_seconds * RATE / HOP)  # that the encoder sees at once
-        self._making, self._made = threading.Lock(), list[Parts]()
+        self._making = threading.Lock()
+        self._made: Parts | None = None
 
     @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        device: torch.device = self.adapter.linear.weight.device
-        return device
+    def nothing(self) -> Tensor:
+        """No embeddings, (0, D), where the weights are."""
+        weight: Tensor = self._adapter.linear.weight
+        return weight.new_zeros(0, len(weight))
 
     @property
     def made(self) -> Parts:
-        """Its parts; made from copies, since the modules may be moved or trained."""
+        """Its parts; made from copies, since recordings that come as files may move the encoder, and training changes weights."""
         with self._making:
-            if not self._made:
-                network, listener = copy.deepcopy(self._encoder.in_torch).to(self.device), copy.deepcopy(self._listener)
-                reader = copy.deepcopy(self._reader, {id(self._reader.words): self._reader.words})
-                self._made.append(Parts(GrowingEncoder(network), GrowingListener(listener), GrowingReader(reader)))
-            return self._made[0]
+            if self._made is None:
+                words = {id(self._reader.words): self._reader.words}
+                listener, reader, adapter = copy.deepcopy((self._listener, self._reader, self._adapter), words)
+                network = copy.deepcopy(self._encoder.in_torch).to(self.nothing.device)
+                self._made = Parts(GrowingEncoder(network), GrowingListener(listener), listener.cif, GrowingReader(reader), adapter)
+            return self._made
 
     @torch.inference_mode()
     def open(self, lookahead: float) -> None:
         """Make what is made when something is heard; oneDNN compiles the products for reads with so much ``lookahead`` or less."""
-        encoder, listener, reader = self.made
-        for num_frames in range(8, (round(lookahead * RATE) + STEP) // HOP + 8, 8):
+        encoder, listener, _, reader, adapter = self.made
+        seconds = lookahead + STEP / RATE
+        for num_frames in range(8, round(seconds * RATE) // HOP + 8, 8):
             listener(encoder(torch.zeros(num_frames * HOP), Past()), Past())
-        for num_tokens in range(1, 18, 4):
-            heard = torch.zeros(num_tokens, self.parts * self.cif.width, device=self.device)
-            read = reader(heard, Past(), Past(), heard[:0, : self.cif.width])
-            self.adapter(Features(read[None], torch.tensor([num_tokens], device=self.device)))
+        for num_tokens in range(1, round(seconds * MOST_TOKENS), max(1, ROWS // self.num_parts)):
+            heard = self.nothing.new_zeros(num_tokens, self.num_parts * self.width)
+            read = reader(heard, Past(), Past(), heard[:0, : self.width])
+            adapter(Features(read[None], torch.tensor([num_tokens], device=read.device)))
 
 
 class Hearing:
     """What a speech modality makes of one recording (S,) that grows: of its samples, however they come in.
 
-    A call that fails leaves all as it was before.
+    A step that fails leaves all as it was before; `read` keeps the steps that it has taken.
 
     Args:
         speech: reads it.
@@ -98,12 +105,12 @@ class Hearing:
         self.samples = 0  # of which something was settled for the last time
         self.settled: list[Tensor] = []  # embeddings (U, D), by the steps that settled any
         # What the last step did not settle, and the words of all tokens as it read them.
-        self._rest = torch.zeros(0, speech.adapter.linear.out_features, device=speech.device)
-        self._said = torch.zeros(0, speech.cif.width, device=speech.device)
+        self._rest = speech.nothing
+        self._said = speech.nothing.new_zeros(0, speech.width)
         # Frames of the encoder and of the listener, CIF and what has fired, pieces and tokens of the reader.
         self._frames, self._context, self._pieces, self._tokens = Past(limit=speech.max_frames), Past(), Past(), Past()
         self._cif: Any = None
-        self._fires = torch.zeros(1, 0, speech.cif.width, device=speech.device)
+        self._fires = speech.nothing.new_zeros(1, 0, speech.width)
 
     def step(self, wave: Tensor) -> None:
         """Settle what can be after the next `STEP`.
@@ -140,11 +147,11 @@ class Hearing:
         """What comes after the settled places: frames (F, C) that CIF integrates, and what the reader gives of tokens (U, C)."""
         for past in (self._frames, self._context, self._pieces, self._tokens):
             past.begin()
-        speech, (encoder, listener, reader) = self.speech, self.speech.made
+        encoder, listener, cif, reader, _ = self.speech.made
         frames = listener(encoder(wave, self._frames), self._context)
-        fired, _ = speech.cif.stream(self._cif, frames[None], last=True)
+        fired, _ = cif.stream(self._cif, frames[None], last=True)
         fires = torch.cat([self._fires, fired.x], 1)
-        tokens, _ = side_by_side(Features(fires, torch.tensor([fires.shape[1]], device=speech.device)), speech.parts)
+        tokens, _ = side_by_side(Features(fires, torch.tensor([fires.shape[1]], device=fires.device)), self.speech.num_parts)
         return frames, reader(tokens[0, self._tokens.length :], self._pieces, self._tokens, self._said)
 
     @torch.inference_mode()
@@ -159,19 +166,20 @@ class Hearing:
         Returns:
             The embeddings (U, D) of the other tokens.
         """
-        speech, before = self.speech, self._tokens.length
-        embeds = speech.adapter(Features(read[None], torch.tensor([len(read)], device=speech.device))).x[0]
+        parts, before = self.speech.num_parts, self._tokens.length
+        _, _, cif, _, adapter = self.speech.made
+        embeds = adapter(Features(read[None], torch.tensor([len(read)], device=read.device))).x[0]
         state, fires = self._cif, self._fires
         if (more := num_frames - self._context.length) > 0:
-            fired, state = speech.cif.stream(state, frames[None, :more])
+            fired, state = cif.stream(state, frames[None, :more])
             fires = torch.cat([fires, fired.x], 1)
-        num_tokens = min(fires.shape[1] // speech.parts, before + len(embeds))
+        num_tokens = min(fires.shape[1] // parts, before + len(embeds))
         settled, rest = embeds[: num_tokens - before].clone(), embeds[num_tokens - before :].clone()
         # From here on nothing can fail.
         self._cif, self._fires = state, fires
-        self._frames.settle(num_frames * speech.stride)
+        self._frames.settle(num_frames * self.speech.stride)
         self._context.settle(num_frames)
-        self._pieces.settle(num_tokens * speech.parts)
+        self._pieces.settle(num_tokens * parts)
         self._tokens.settle(num_tokens)
         if len(settled):
             self.settled.append(settled)

@@ -152,6 +152,9 @@ class EarlyEar(Ear):
         return EarlyPart("speech", pieces=(*self._pieces, (f"speech rest:{sha.hexdigest()}", rest)))
 
 
+Kind = tuple[Engine, type[Ear]]  # whose interface reads, and how
+
+
 def _in_advance(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """A task that may fail: the answer itself will say it, if it is still so."""
 
@@ -225,9 +228,11 @@ class VoiceTurn:
         last = self.messages[-1]
         await submit(self.engine, self.messages, FIRST, self.owner, last.content[self.place])
 
-    def open(self) -> None:
-        """Begin to make what the interface has not until it first hears something, before anything is said."""
-        self._settling = _in_advance(self._open())
+    def open(self, opened: set[Kind]) -> None:
+        """Begin to make what an interface has not until it first hears something, before anything is said, unless its kind of
+        reading is among ``opened``; it is added to them."""
+        if (self.engine, type(self._ear)) not in opened:
+            self._settling = _in_advance(self._open(opened))
 
     def hear(self, pcm: bytes) -> None:
         """The next samples; may start an answer, or drop one that is out of date."""
@@ -274,8 +279,9 @@ class VoiceTurn:
             task.add_done_callback(abandon)
             task.cancel()
 
-    async def _open(self) -> None:
+    async def _open(self, opened: set[Kind]) -> None:
         await self._run(lambda _: self._ear.open(), 0)
+        opened.add((self.engine, type(self._ear)))
         await self._settle()
 
     async def _settle(self) -> None:

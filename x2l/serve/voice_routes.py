@@ -31,7 +31,7 @@ from x2l.serve.media import MediaReader
 from x2l.serve.metrics import Metrics
 from x2l.serve.pauses import RATE
 from x2l.serve.schema import AnswerRequest, VoiceOut, VoiceRequest
-from x2l.serve.voice import VoiceTurn
+from x2l.serve.voice import Kind, VoiceTurn
 
 PATH = "/v1/voice"
 MAX_FRAME_BYTES = 64 << 10  # of a WebSocket message, two seconds of sound
@@ -103,7 +103,7 @@ def add_voice(
         decode: how to decode the answer to a request; raises ApiError.
         origins: of other sites' pages that may connect.
     """
-    limits, turns, opened = gate.limits, Turns(gate.limits), set[bool]()
+    limits, turns, opened = gate.limits, Turns(gate.limits), set[Kind]()
     workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="x2l-voice")
 
     @app.post(PATH)
@@ -118,9 +118,7 @@ def add_voice(
         except ApiError:
             turn.close()
             raise
-        if (early := body.lookahead is not None) not in opened:
-            opened.add(early)
-            turn.open()
+        turn.open(opened)
         return VoiceOut(
             url=f"{PATH}/{ticket}",
             sample_rate=RATE,
