@@ -129,23 +129,26 @@ def test_a_turn_opens_the_interface_before_anything_is_said(model: Assistant, mo
 
 def test_an_interface_that_did_not_open_is_opened_again(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the next turn of its kind, over HTTP; then no more."""
-    tries: list[type] = []
+    tries, done, opens = list[type](), threading.Semaphore(0), VoiceTurn._open
 
     def opening(ear: voice.Ear) -> None:
         tries.append(type(ear))
         if len(tries) == 1:
             raise OSError("the weights cannot be fetched now")
 
+    async def opened(turn: VoiceTurn, kinds: set[voice.Kind]) -> None:
+        try:
+            await opens(turn, kinds)
+        finally:
+            done.release()
+
     monkeypatch.setattr(voice.Ear, "open", opening)
     monkeypatch.setattr(voice.EarlyEar, "open", opening)
+    monkeypatch.setattr(VoiceTurn, "_open", opened)
     with running(model) as up:
-        for lookahead in (1.0, 2.0, None, None, 0.5):
-            num = len(tries)
+        for lookahead, opens_it in ((1.0, True), (2.0, True), (None, True), (None, False), (0.5, False)):
             ticket(up, lookahead=lookahead)
-            until = time.monotonic() + 0.3
-            while len(tries) == num and time.monotonic() < until:
-                time.sleep(0.01)
-            time.sleep(0.05)  # until it is known
+            assert not opens_it or done.acquire(timeout=30)
     assert tries == [voice.EarlyEar, voice.EarlyEar, voice.Ear]
 
 

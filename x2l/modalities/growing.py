@@ -132,7 +132,7 @@ class GrowingEncoder:
 
     def _stem(self, wave: Tensor, past: Past) -> Tensor:
         first, second, third = self.convs
-        samples = torch.from_numpy(pad(wave.float().cpu().numpy())[past.length * HOP :]).to(self.device)
+        samples = torch.from_numpy(pad(wave[past.length * HOP :].float().cpu().numpy())).to(self.device)
         x = _normed(torch.tanh(first(samples[:, None]).float()), self.stem_norm, past)
         return third(second(x)).float()
 
@@ -166,9 +166,10 @@ class GrowingListener:
     """A `Listener` up to what CIF integrates."""
 
     def __init__(self, listener: Listener) -> None:
-        self.stride, project, blocks = listener.stride, listener.project, listener.blocks
+        blocks: Any = listener.blocks
+        self.stride, project = listener.stride, listener.project
         self.project: Any = project if isinstance(project, nn.Identity) else Linear.of(project)
-        self.blocks = [GrowingConformerBlock(block) for block in blocks if isinstance(block, ConformerBlock)]
+        self.blocks = [GrowingConformerBlock(block) for block in blocks]
         self.num_rotary = self.blocks[0].num_rotary if self.blocks else 0
         self.residual = Linear.of(listener.residual)
 
@@ -230,7 +231,7 @@ class GrowingReader:
         self.parts, self.again = reader.parts, reader.again
         self.start, self.norm = reader.start.detach(), reader.norm
         self.words, self.fuse = reader.words, Linear.of(reader.fuse)
-        blocks = [block for block in reader.blocks if isinstance(block, DecoderBlock)]
+        blocks: Any = reader.blocks
         self.blocks = [GrowingDecoderBlock(block) for block in blocks]
         attentions = [block.cif_attention for block in blocks]
         self.keys_values = Linear.of(*(layer for each in attentions for layer in (each.k_proj, each.v_proj)))
